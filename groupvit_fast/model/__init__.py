@@ -1,0 +1,1 @@
+"""The GroupViT model: encoders, presets and checkpoints."""

@@ -1,0 +1,103 @@
+"""GroupViT: image encoder, text encoder and the projectors into their shared space.
+
+Shapes: B images, N texts, U distinct texts, K prompts per image, T tokens, G groups, D shared space.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from groupvit_fast.model.image_encoder import ImageEncoder
+from groupvit_fast.model.layers import Projector
+from groupvit_fast.model.presets import ModelConfig, preset
+from groupvit_fast.model.text_encoder import TextEncoder
+
+
+class GroupEncoding(NamedTuple):
+    """What segmentation needs of a batch of images.
+
+    groups [B,G,D] and image [B,D], projected and not normalised; maps, per grouping stage the assignment as
+    probabilities [B,S_i,L_i] (see `ops.compose_assignments`); grid (h, w), the patch grid with h * w = L_0.
+    """
+
+    groups: Tensor
+    image: Tensor
+    maps: tuple[Tensor, ...]
+    grid: tuple[int, int]
+
+
+class TrainingOutput(NamedTuple):
+    """What the losses need: image [B,D] and text [B,1+K,D], projected and not normalised; counts [B,S_i]."""
+
+    image: Tensor
+    text: Tensor
+    counts: tuple[Tensor, ...]
+
+
+class GroupViT(nn.Module):
+    """The model of "GroupViT: Semantic Segmentation Emerges from Text Supervision" (Xu et al., CVPR 2022).
+
+    `logit_scale` and `multi_label_logit_scale` (None if the configuration has none) are logarithms.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        sizes = config.projector_hidden, config.embed_dim, config.projector_layers
+        self.image_encoder = ImageEncoder(config.image)
+        self.text_encoder = TextEncoder(config.text)
+        self.image_projector = Projector(config.image.width, *sizes)
+        self.text_projector = Projector(config.text.width, *sizes)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init))
+        self.multi_label_logit_scale = (
+            nn.Parameter(torch.tensor(config.logit_scale_init)) if config.multi_label_logit_scale else None
+        )
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """pixels [B,3,H,W], normalised with ImageNet statistics -> [B,D], projected and not normalised."""
+        return self.image_projector(self.image_encoder(pixels).pooled)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [N,T], zero-padded -> [N,D], projected and not normalised."""
+        return self.text_projector(self.text_encoder(tokens))
+
+    def encode_groups(self, pixels: Tensor) -> GroupEncoding:
+        """pixels [B,3,H,W] -> `GroupEncoding`. RuntimeError in training mode: batch norm would mix images."""
+        if self.training:
+            raise RuntimeError("encode_groups needs evaluation mode; call model.eval() first")
+        encoding = self.image_encoder(pixels, return_maps=True)
+        return GroupEncoding(
+            self.image_projector(encoding.groups),
+            self.image_projector(encoding.pooled),
+            encoding.maps,
+            self.image_encoder.grid(pixels),
+        )
+
+    def forward(
+        self, pixels: Tensor, texts: Tensor, text_index: Tensor, noise_key: Tensor | None = None
+    ) -> TrainingOutput:
+        """One training forward of everything, so that one wrapper (DDP, FSDP, compile) sees one call.
+
+        pixels [B,3,H,W]; texts int64 [U,T], distinct rows; text_index int64 [B,1+K], which of them belong
+        to each image (the caption first); noise_key int64 [2] or None for no noise.
+        """
+        encoding = self.image_encoder(pixels, noise_key=noise_key)
+        # Rows are repeated before the projector: its batch norm must weigh a text as often as it occurs.
+        text = self.text_projector(self.text_encoder(texts)[text_index])
+        return TrainingOutput(self.image_projector(encoding.pooled), text, encoding.counts)
+
+
+def create_model(name_or_config: str | ModelConfig, *, seed: int | None = None) -> GroupViT:
+    """A freshly initialised model of a preset or configuration, in training mode on the CPU.
+
+    With a seed the weights depend on nothing else, and the global random state is left as it was.
+    """
+    config = preset(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    if seed is None:
+        return GroupViT(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GroupViT(config)
