@@ -59,7 +59,7 @@ class CrossAttentionBlock(nn.Module):
         return self.norm_post(tokens)
 
 
-class Assignment(nn.Module):
+class TokenAssignment(nn.Module):
     """Give every image token to one group and average the members of each group.
 
     With keys k = Wk x + bk the logits are (q Wk) x + q bk: the keys themselves need never be made, because
@@ -86,11 +86,8 @@ class Assignment(nn.Module):
         query = self.query(tokens)
         image = image.to(query.dtype)
         if self.absorb:
-            query, bias, key = (
-                query @ self.key.weight.to(query.dtype),
-                query @ self.key.bias.to(query.dtype),
-                image,
-            )
+            weight, bias = self.key.weight.to(query.dtype), self.key.bias.to(query.dtype)
+            query, bias, key = query @ weight, query @ bias, image
         else:
             bias, key = None, self.key(image)
         absorb_value = self.absorb and not torch.is_grad_enabled()
@@ -117,12 +114,10 @@ class GroupingBlock(nn.Module):
         self.token_mixer = TokenMixer(group_tokens, width // 2, output_groups)
         self.norm_mixed = nn.LayerNorm(width)
         self.norm_image = nn.LayerNorm(width)
-        self.pre_assign = (
-            CrossAttentionBlock(width, config.heads, config.mlp_ratio)
-            if config.pre_assign_attention
-            else None
-        )
-        self.assignment = Assignment(config)
+        self.pre_assign = None
+        if config.pre_assign_attention:
+            self.pre_assign = CrossAttentionBlock(width, config.heads, config.mlp_ratio)
+        self.assignment = TokenAssignment(config)
         self.norm_groups = nn.LayerNorm(width)
         self.mlp = MLP(width, int(config.mlp_ratio * width), width)
 

@@ -1,6 +1,7 @@
 """The image encoder: a vision transformer whose stages end in grouping blocks (GroupViT paper, section 3.1).
 
-Shapes: B batch, H and W image size, h and w patch grid, L = h * w, S groups of a stage, G of the last, C width.
+Shapes: B batch, H and W image size, h and w patch grid, L = h * w, T group tokens and S groups of a stage,
+G groups of the last, C width.
 """
 
 from __future__ import annotations
@@ -91,9 +92,9 @@ class Stage(nn.Module):
         )
 
     def transform(self, x: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Run the layers on image tokens [B,L,C] and this stage's group tokens; returns both, [B,T,C] the latter.
+        """Run the layers on image tokens x [B,L,C] and this stage's group tokens; return both, those [B,T,C].
 
-        `previous` are the group tokens the stage before ended with.
+        `previous` are the group tokens that the stage before ended with.
         """
         length = x.shape[1]
         if self.group_tokens is not None:
@@ -114,10 +115,10 @@ class ImageEncoder(nn.Module):
         self.config = config
         rates = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
         self.patch_embedding = PatchEmbedding(config)
-        self.stages = nn.ModuleList(
-            Stage(config, number, [rates.pop(0) for _ in range(depth)])
-            for number, depth in enumerate(config.depths)
-        )
+        self.stages = nn.ModuleList()
+        for number, depth in enumerate(config.depths):
+            first = sum(config.depths[:number])
+            self.stages.append(Stage(config, number, rates[first : first + depth]))
         self.norm = nn.LayerNorm(config.width)
         self.reset_parameters()
 

@@ -41,7 +41,7 @@ class TokenMixer(MLP):
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for whole samples, and scale the others up to keep the mean (stochastic depth)."""
+    """Stochastic depth: drop a residual branch for whole samples and scale the others up to keep the mean."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

@@ -147,7 +147,7 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def groupvit_gcc_yfcc() -> ModelConfig:
-    """The two-stage GroupViT-S trained on CC3M, CC12M and YFCC with the multi-label loss; 55.7 M parameters."""
+    """The two-stage model trained on CC3M, CC12M and YFCC with the multi-label loss; 55.7 M parameters."""
     return ModelConfig()
 
 
@@ -157,7 +157,7 @@ def groupvit_gcc_redcaps() -> ModelConfig:
 
 
 def groupvit_1stage() -> ModelConfig:
-    """The paper's one-stage model: 64 group tokens mixed into 8 segments after the sixth layer (section 4.1)."""
+    """The paper's one-stage model: 64 group tokens, mixed into 8 segments after the sixth layer."""
     image = ImageConfig(depths=(6, 6), group_tokens=(64,), output_groups=(8,))
     return replace(groupvit_gcc_yfcc(), image=image)
 

@@ -46,10 +46,9 @@ class TextEncoder(nn.Module):
 
         The end of the text is where the largest token id first stands. ValueError if T exceeds the context.
         """
-        if tokens.dim() != 2 or tokens.shape[1] > self.config.context_length:
-            raise ValueError(
-                f"tokens must be [N, at most {self.config.context_length}], got {list(tokens.shape)}"
-            )
+        context = self.config.context_length
+        if tokens.dim() != 2 or tokens.shape[1] > context:
+            raise ValueError(f"tokens must be [N, at most {context}], got {list(tokens.shape)}")
         tokens = without_padding(tokens)
         x = self.token_embedding(tokens) + self.position[: tokens.shape[1]]
         for block in self.blocks:
