@@ -1,0 +1,111 @@
+"""The one DALI pipeline, for CPU and GPU: encoded bytes and crop windows in, normalised pixels out.
+
+DALI decodes only the crop window, resizes, flips and normalises. What to decode and where to crop comes from
+outside, sample by sample, because DALI's own webdataset reader cannot shuffle across tars, names no sample
+when one breaks, and dies when a mapped tar is rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class DecodeInput(NamedTuple):
+    """One batch for the decoder."""
+
+    encoded: list[np.ndarray]  # B uint8 arrays, the image files
+    anchor: np.ndarray  # float32 [B, 2]: left and top of the window as fractions of width and height
+    extent: np.ndarray  # float32 [B, 2]: its width and height as fractions
+    mirror: np.ndarray  # int32 [B]: 1 flips left and right
+
+
+def window_fractions(
+    windows: np.ndarray, width: np.ndarray, height: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel windows [B, 4] (x, y, width, height) to float32 (anchor, extent).
+
+    Fractions, so that a decoder that disagrees with the index about a picture's size still stays inside it.
+    """
+    size = np.stack([width, height], axis=1)
+    return (windows[:, :2] / size).astype(np.float32), (windows[:, 2:] / size).astype(np.float32)
+
+
+@pipeline_def(enable_conditionals=False)
+def _image_pipeline(source: Callable[[], DecodeInput], image_size: int, decoder_device: str):
+    encoded, anchor, extent, mirror = fn.external_source(source=source, num_outputs=4, batch=True)
+    pixels = fn.decoders.image_slice(
+        encoded, anchor, extent, axis_names="WH", device=decoder_device, output_type=types.RGB
+    )
+    pixels = fn.resize(
+        pixels, resize_x=image_size, resize_y=image_size, interp_type=types.INTERP_LINEAR, antialias=True
+    )
+    return fn.crop_mirror_normalize(
+        pixels,
+        mirror=mirror,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * value for value in IMAGENET_MEAN],
+        std=[255 * value for value in IMAGENET_STD],
+    )
+
+
+class ImageDecoder:
+    """Runs the pipeline on the batches that `source` returns; one batch is decoded ahead."""
+
+    def __init__(
+        self,
+        source: Callable[[], DecodeInput],
+        *,
+        batch_size: int,
+        image_size: int,
+        device: torch.device,
+        num_threads: int = 1,
+        prefetch: int = 2,
+    ):
+        on_gpu = device.type == "cuda"
+        self.device = device
+        self._pipeline = _image_pipeline(
+            source,
+            image_size,
+            "mixed" if on_gpu else "cpu",
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=device.index if on_gpu else None,
+            prefetch_queue_depth=prefetch,
+        )
+        self._pipeline.build()
+
+    def next(self) -> torch.Tensor:
+        """The next batch, float32 [B, 3, H, W], normalised with ImageNet mean and standard deviation.
+
+        Raises RuntimeError when any image of the batch cannot be decoded; it is unusable after that.
+        """
+        (pixels,) = self._pipeline.run()
+        pixels = torch.from_dlpack(pixels.as_tensor())
+        if self.device.type == "cuda":
+            # A copy owned by torch's allocator, complete before DALI's buffer goes back: DALI would reuse it
+            # without asking the training stream.
+            pixels = pixels.clone()
+            torch.cuda.current_stream(self.device).synchronize()
+        return pixels
+
+
+def decodes(encoded: np.ndarray, device: torch.device) -> bool:
+    """Whether DALI can decode this one image on `device`."""
+    whole = np.array([[0.0, 0.0]], np.float32), np.array([[1.0, 1.0]], np.float32), np.zeros(1, np.int32)
+    decoder = ImageDecoder(
+        lambda: DecodeInput([encoded], *whole), batch_size=1, image_size=8, device=device, prefetch=1
+    )
+    try:
+        decoder.next()
+    except RuntimeError:
+        return False
+    return True

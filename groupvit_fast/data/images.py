@@ -1,0 +1,81 @@
+"""Reading image files: pixels for segmentation, and a cheap look at the header for the shard index."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from groupvit_fast.console import UserError
+
+MAX_PIXELS = 1 << 26  # 67 megapixels: 200 MB of RGB; anything larger is a mistake or an attack
+FORMATS = ("JPEG", "PNG", "WEBP")
+_EXIF_ORIENTATION = 0x0112
+_PILLOW_ERRORS = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read any image file Pillow knows as uint8 RGB [H, W, 3], turned upright by its EXIF orientation.
+
+    Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white. A file that is
+    missing, broken or above `max_pixels` is a UserError.
+    """
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > max_pixels:
+                raise UserError(
+                    f"{path}: {image.width} x {image.height} pixels is above the limit of {max_pixels}; "
+                    "make the image smaller"
+                )
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected an image file") from None
+    except _PILLOW_ERRORS as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def probe_size(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[str, int, int]:
+    """Format, width and height (upright) from the first bytes of an encoded image; nothing is decoded.
+
+    Raises ValueError in a few words when the bytes are none of `formats`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=formats)
+    except _PILLOW_ERRORS as error:
+        if isinstance(error, Image.DecompressionBombError):
+            raise ValueError("too many pixels") from None
+        raise ValueError("not a JPEG, PNG or WebP image") from None
+    width, height = image.size
+    # DALI turns the picture upright while decoding, so the index counts pixels of the upright one.
+    if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
+        width, height = height, width
+    return image.format, width, height

@@ -1,0 +1,112 @@
+"""All samples of a list of shards under one numbering, read by number."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from groupvit_fast.console import UserError
+from groupvit_fast.data.index import read_indexes
+from groupvit_fast.data.scan import MAX_CAPTION_BYTES, ShardIndex
+
+
+class SampleReader:
+    """Reads images and captions by sample number 0 .. len-1; one thread at a time.
+
+    Plain reads, not a memory map: a shard that is rewritten meanwhile gives an error instead of killing the
+    process. Samples can be quarantined; `usable` then puts the next good one in their place.
+    """
+
+    def __init__(self, shards: Sequence[Path], cache_dir: Path | None = None, quiet: bool = False):
+        self.indexes: list[ShardIndex] = read_indexes(shards, cache_dir, quiet)
+        self.shard_start = np.cumsum([0, *map(len, self.indexes)])
+        self.image_offset = self._column("image_offset")
+        self.image_size = self._column("image_size")
+        self.caption_offset = self._column("caption_offset")
+        self.caption_size = np.minimum(self._column("caption_size"), MAX_CAPTION_BYTES)
+        self.width = self._column("width")
+        self.height = self._column("height")
+        self._bad = np.zeros(len(self), dtype=bool)
+        self._handles: OrderedDict[int, int] = OrderedDict()
+        self._max_handles = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *(getattr(index, name) for index in self.indexes)])
+
+    def __len__(self) -> int:
+        return int(self.shard_start[-1])
+
+    def fingerprint(self) -> str:
+        """A short hash that changes when the samples or their order do; the place of the files does not count."""
+        digest = hashlib.sha256()
+        for column in (self.image_offset, self.image_size, self.caption_size):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()[:16]
+
+    def name(self, sample: int) -> str:
+        """Where a sample lies, for messages: path of the tar, a colon, its key."""
+        shard = self._shard(sample)
+        index = self.indexes[shard]
+        return f"{index.tar}:{index.key(sample - int(self.shard_start[shard]))}"
+
+    def quarantine(self, sample: int) -> None:
+        """Never deliver `sample` again."""
+        self._bad[sample] = True
+
+    @property
+    def quarantined(self) -> list[int]:
+        return np.flatnonzero(self._bad).tolist()
+
+    def usable(self, samples: np.ndarray) -> np.ndarray:
+        """`samples` with each quarantined one replaced by the next good one in the numbering."""
+        if self._bad.all():
+            raise UserError("every sample of the shards is unreadable; run the shard check on them")
+        samples = samples.copy()
+        while (bad := self._bad[samples]).any():
+            samples[bad] = (samples[bad] + 1) % len(self)
+        return samples
+
+    def read(self, samples: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+        """Encoded images (uint8 arrays) and raw captions of `samples`."""
+        shards = (np.searchsorted(self.shard_start, samples, side="right") - 1).tolist()
+        images = _places(shards, self.image_offset[samples], self.image_size[samples])
+        captions = _places(shards, self.caption_offset[samples], self.caption_size[samples])
+        for shard, offset, size in images:  # announce all before the first read: the disk works in parallel
+            os.posix_fadvise(self._handle(shard), offset, size, os.POSIX_FADV_WILLNEED)
+        encoded = [np.frombuffer(self._pread(*place), np.uint8) for place in images]
+        texts = [self._pread(*place).decode("utf-8", "replace") for place in captions]
+        return encoded, texts
+
+    def close(self) -> None:
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def _shard(self, sample: int) -> int:
+        return int(np.searchsorted(self.shard_start, sample, side="right")) - 1
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        data = os.pread(self._handle(shard), size, offset)
+        if len(data) != size:
+            raise UserError(f"{self.indexes[shard].tar}: became shorter while it was read; restore the shard")
+        return data
+
+    def _handle(self, shard: int) -> int:
+        """An open file of the shard; the least recently used one is closed at the limit."""
+        if shard in self._handles:
+            self._handles.move_to_end(shard)
+            return self._handles[shard]
+        if len(self._handles) >= self._max_handles:
+            os.close(self._handles.popitem(last=False)[1])
+        handle = os.open(self.indexes[shard].tar, os.O_RDONLY | os.O_CLOEXEC)
+        self._handles[shard] = handle
+        return handle
+
+
+def _places(shards: list[int], offset: np.ndarray, size: np.ndarray) -> list[tuple[int, int, int]]:
+    return list(zip(shards, offset.tolist(), size.tolist(), strict=True))

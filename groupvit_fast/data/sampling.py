@@ -1,0 +1,75 @@
+"""Which sample comes when, and every random number used on it, as pure functions of (seed, position).
+
+A position counts samples over all ranks and epochs: epoch e holds positions e*N .. e*N + N-1. Nothing here
+keeps state, so a run that resumes at a position continues exactly, also with another batch size.
+Only the raw 64-bit output of Philox is used, which NumPy keeps stable across versions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+DRAWS = 64  # random words owned by one position: 4 for each of 10 crop attempts, flip, text, rest unused
+CROP_ATTEMPTS = 10
+FLIP_DRAW = 4 * CROP_ATTEMPTS
+TEXT_DRAW = FLIP_DRAW + 1
+_ORDER_STREAM = 1
+_SAMPLE_STREAM = 2
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(num_samples), int64, that depends on (seed, epoch) alone."""
+    generator = np.random.Philox(key=[_key(seed), _ORDER_STREAM], counter=[0, 0, epoch, 0])
+    return np.argsort(generator.random_raw(num_samples), kind="stable")
+
+
+def draws(seed: int, first: int, count: int) -> np.ndarray:
+    """Random uint64 words [count, DRAWS] of the positions first .. first+count-1."""
+    counter = first * (DRAWS // 4)  # one Philox block gives 4 words
+    generator = np.random.Philox(key=[_key(seed), _SAMPLE_STREAM], counter=[counter, 0, 0, 0])
+    return generator.random_raw(count * DRAWS).reshape(count, DRAWS)
+
+
+def uniform(words: np.ndarray) -> np.ndarray:
+    """Turn uint64 words into float64 in [0, 1)."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def crop_windows(
+    widths: np.ndarray,
+    heights: np.ndarray,
+    words: np.ndarray,
+    min_area: float,
+    max_area: float = 1.0,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Random resized crop windows, as torchvision and timm draw them.
+
+    `widths`, `heights` [B] in pixels, `words` [B, DRAWS]; returns [B, 4] int64: x, y, width, height. Ten
+    tries of an area fraction in [min_area, max_area] and a log-uniform aspect ratio; if none fits inside the
+    image, the largest centred window with an allowed aspect ratio.
+    """
+    draw = uniform(words[:, : 4 * CROP_ATTEMPTS]).reshape(-1, CROP_ATTEMPTS, 4)
+    area = (widths * heights)[:, None] * (min_area + (max_area - min_area) * draw[..., 0])
+    aspect = np.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draw[..., 1])
+    width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+    rows, first = np.arange(len(widths)), fits.argmax(axis=1)
+    width, height = width[rows, first], height[rows, first]
+    x = np.floor(draw[rows, first, 2] * (widths - width + 1)).astype(np.int64)
+    y = np.floor(draw[rows, first, 3] * (heights - height + 1)).astype(np.int64)
+    windows = np.stack([x, y, width, height], axis=1)
+    return np.where(fits.any(axis=1)[:, None], windows, _centred(widths, heights, ratio))
+
+
+def _centred(widths: np.ndarray, heights: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    width = np.minimum(widths, np.maximum(1, np.rint(heights * ratio[1]))).astype(np.int64)
+    height = np.minimum(heights, np.maximum(1, np.rint(widths / ratio[0]))).astype(np.int64)
+    return np.stack([(widths - width) // 2, (heights - height) // 2, width, height], axis=1)
+
+
+def _key(seed: int) -> int:
+    return seed % 2**64
