@@ -1,0 +1,173 @@
+"""Zero-shot segmentation, the reference statement: one image, one window at a time, written for reading.
+
+The steps are those of the released GroupViT evaluation (Xu et al., CVPR 2022, section 3.3, and its
+configuration files): soft assignment maps give the regions, the groups' projected features name them.
+`decode.py` computes the same labels without the [C, H, W] score maps; the tests hold the two together.
+
+Shapes: B windows, G final groups, N names, K classes, C score channels (K, or 1 + K with background),
+h x w the resized image or a window of it, H x W the original image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from groupvit_fast import ops
+from groupvit_fast.segmentation.prompts import ClassText
+from groupvit_fast.segmentation.protocols import Protocol
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet statistics of red, green and blue, values 0-1: what the models were trained with."""
+
+
+class Box(NamedTuple):
+    """A window in pixels of the resized image; `bottom` and `right` are exclusive."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    def slices(self) -> tuple[slice, slice]:
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+
+@torch.no_grad()
+def segment_image(model: torch.nn.Module, image: Tensor, text: ClassText, protocol: Protocol) -> Tensor:
+    """Label every pixel of `image` (uint8 [H, W, 3], RGB) with a class of `text`.
+
+    Returns: int64 [H, W]; class k is label k, or, where `protocol.background_threshold` is set, label k + 1
+    with label 0 for background. `protocol` must have been resolved; the model must be in eval mode.
+    """
+    pixels = normalise(resize_image(image, protocol))
+    height, width = pixels.shape[-2:]
+    channels = text.num_classes + (protocol.background_threshold is not None)
+    total = pixels.new_zeros(channels, height, width)
+    coverage = pixels.new_zeros(height, width)
+    for box in window_boxes(height, width, protocol):
+        rows, columns = box.slices()
+        total[:, rows, columns] += window_scores(model, pixels[:, rows, columns], text, protocol)
+        coverage[rows, columns] += 1
+    scores = total / coverage
+    scores = F.interpolate(scores[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
+    return scores.argmax(dim=0)
+
+
+def resized_size(height: int, width: int, protocol: Protocol) -> tuple[int, int]:
+    """Height and width after resizing: short side as wanted unless the long side would pass its limit."""
+    scale = protocol.short_side / min(height, width)
+    if protocol.long_side is not None:
+        scale = min(scale, protocol.long_side / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_image(image: Tensor, protocol: Protocol) -> Tensor:
+    """Resize uint8 [H, W, 3] to float32 [3, h, w] with values 0-255.
+
+    Bilinear without antialias, the sampling rule of cv2.INTER_LINEAR, which the released evaluation uses.
+    The result is rounded to whole numbers as there; cv2 computes with 11-bit weights, so single values may
+    differ by one. An antialiased resize (Pillow's) would give other labels.
+    """
+    pixels = image.permute(2, 0, 1).float()
+    size = resized_size(*image.shape[:2], protocol)
+    if size == tuple(pixels.shape[-2:]):
+        return pixels
+    return F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0].round()
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Subtract the ImageNet mean and divide by its deviation; `pixels` [..., 3, h, w] in 0-255."""
+    mean = torch.tensor(IMAGE_MEAN, device=pixels.device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGE_STD, device=pixels.device).view(3, 1, 1) * 255
+    return (pixels - mean) / std
+
+
+def window_boxes(height: int, width: int, protocol: Protocol) -> list[Box]:
+    """The windows of a resized image, row by row."""
+    if protocol.mode == "whole":
+        return [Box(0, 0, height, width)]
+    return [
+        Box(top, left, bottom, right)
+        for top, bottom in window_spans(height, protocol.crop, protocol.stride)
+        for left, right in window_spans(width, protocol.crop, protocol.stride)
+    ]
+
+
+def window_spans(length: int, crop: int, stride: int) -> list[tuple[int, int]]:
+    """Spans of `crop` every `stride`; the last is shifted back inside, a short side is one short span."""
+    count = max(length - crop + stride - 1, 0) // stride + 1
+    ends = [min(index * stride + crop, length) for index in range(count)]
+    return [(max(end - crop, 0), end) for end in ends]
+
+
+def window_scores(model: torch.nn.Module, pixels: Tensor, text: ClassText, protocol: Protocol) -> Tensor:
+    """Class scores [C, h, w] of one window: each pixel has the scores of the group it belongs to."""
+    encoding = model.encode_groups(pixels[None])
+    membership = group_membership(encoding, pixels.shape[-2:])[0]
+    table = group_class_scores(encoding, text, protocol, learnt_scale(model))[0]
+    scores = torch.einsum("ghw,gk->khw", membership, table)
+    if protocol.background_threshold is None:
+        return scores
+    if protocol.background_rule == "constant":
+        background = torch.full_like(scores[:1], protocol.background_threshold)
+    else:
+        threshold = table.max().clamp(max=protocol.background_threshold)
+        background = (scores.amax(dim=0, keepdim=True) < threshold).to(scores)
+    return torch.cat([background, scores])
+
+
+def low_resolution_maps(encoding: NamedTuple) -> Tensor:
+    """Soft maps of the final groups at patch resolution, [B, G, *grid]: the stage maps multiplied."""
+    return ops.compose_assignments(encoding.maps).unflatten(-1, encoding.grid)
+
+
+def group_membership(encoding: NamedTuple, size: tuple[int, int]) -> Tensor:
+    """One-hot maps [B, G, *size] in float32: 1 where a group is the strongest, the first one at a tie."""
+    maps = low_resolution_maps(encoding).float()
+    maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    return F.one_hot(maps.argmax(dim=1), maps.shape[1]).permute(0, 3, 1, 2).float()
+
+
+def learnt_scale(model: torch.nn.Module) -> Tensor:
+    """The temperature of the contrastive loss as a factor on cosines, at most 100 as in training."""
+    return model.logit_scale.detach().float().exp().clamp(max=100)
+
+
+def group_class_scores(encoding: NamedTuple, text: ClassText, protocol: Protocol, scale: Tensor) -> Tensor:
+    """Score of every class for every group, [B, G, K]: the table that decoding reads.
+
+    P = softmax over all names of scale x cosine(group, name). Gated scores multiply it with the softmax over
+    the names of the window's `top_k` classes, which its mean feature chooses. A class with synonyms has the
+    score of its best name.
+    """
+    scale = scale if protocol.logit_scale is None else protocol.logit_scale
+    logits = scale * F.normalize(encoding.groups.float(), dim=-1) @ text.embeddings.T
+    scores = logits.softmax(dim=-1)
+    if protocol.class_scores == "gated":
+        mean_logits = scale * F.normalize(encoding.image.float(), dim=-1) @ text.embeddings.T
+        kept = best_classes(mean_logits, text, protocol.top_k)
+        scores = scores * logits.masked_fill(~kept[:, None, :], -torch.inf).softmax(dim=-1)
+    return best_name_of_class(scores, text)
+
+
+def best_classes(mean_logits: Tensor, text: ClassText, top_k: int | None) -> Tensor:
+    """bool [B, N]: the names of the `top_k` classes whose best name scores highest in `mean_logits` [B, N]."""
+    classes = best_name_of_class(mean_logits.softmax(dim=-1), text)
+    kept = torch.zeros_like(classes, dtype=torch.bool)
+    count = min(top_k or text.num_classes, text.num_classes)
+    kept.scatter_(1, classes.topk(count, dim=-1).indices, True)
+    return kept[:, text.owner]
+
+
+def best_name_of_class(scores: Tensor, text: ClassText) -> Tensor:
+    """[..., N] scores of names -> [..., K] scores of classes, the maximum over synonyms."""
+    if text.num_classes == len(text.owner):
+        return scores
+    owner = text.owner.expand_as(scores)
+    result = scores.new_full((*scores.shape[:-1], text.num_classes), -torch.inf)
+    return result.scatter_reduce(-1, owner, scores, "amax")
