@@ -119,7 +119,7 @@ class GroupingBlock(nn.Module):
             self.pre_assign = CrossAttentionBlock(width, config.heads, config.mlp_ratio)
         self.assignment = TokenAssignment(config)
         self.norm_groups = nn.LayerNorm(width)
-        self.mlp = MLP(width, int(config.mlp_ratio * width), width)
+        self.mlp = MLP(width, 4 * width, width)
 
     def forward(
         self, image: Tensor, tokens: Tensor, *, noise_key: Tensor | None = None, return_map: bool = False

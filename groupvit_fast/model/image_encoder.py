@@ -113,7 +113,8 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
         self.config = config
-        rates = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        layers = sum(config.depths)
+        rates = [config.drop_path * layer / max(layers - 1, 1) for layer in range(layers)]
         self.patch_embedding = PatchEmbedding(config)
         self.stages = nn.ModuleList()
         for number, depth in enumerate(config.depths):

@@ -29,6 +29,7 @@ class ImageConfig:
     output_groups: tuple[int, ...] = (64, 8)
     """Segment tokens each grouping block gives; need not equal its group tokens."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over `width`; a grouping block's own keep 0.5 (tokens) and 4 (channels)."""
     drop_path: float = 0.1
     """Rate of the last layer; it rises linearly from 0 at the first."""
     assign_eps: float = 1.0
