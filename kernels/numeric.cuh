@@ -115,6 +115,36 @@ GVIT_HD float16 from_float<float16>(float value) {
 #endif
 }
 
+// What a storage type is computed in: float64 for itself, float32 for all others.
+template <class T>
+struct Accumulate {
+    using type = float;
+};
+template <>
+struct Accumulate<double> {
+    using type = double;
+};
+template <class T>
+using accumulate_t = typename Accumulate<T>::type;
+
+template <class T>
+GVIT_HD accumulate_t<T> widen(T value) {
+    return to_float(value);
+}
+template <>
+GVIT_HD double widen<double>(double value) {
+    return value;
+}
+
+template <class T>
+GVIT_HD T narrow(accumulate_t<T> value) {
+    return from_float<T>(value);
+}
+template <>
+GVIT_HD double narrow<double>(double value) {
+    return value;
+}
+
 // Several elements moved by one instruction; the address must be a multiple of the size.
 template <class T, int count>
 struct alignas(sizeof(T) * count) Pack {

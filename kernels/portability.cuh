@@ -68,6 +68,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 #else
 
-#define GVIT_HD inline
+// Forced, so that a formula takes on the instruction set of the CPU operator that calls it.
+#define GVIT_HD __attribute__((always_inline)) inline
+
+// The type that CUDA's own header declares, for the signatures of the launch functions.
+using cudaStream_t = struct CUstream_st*;
 
 #endif

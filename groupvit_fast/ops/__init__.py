@@ -6,7 +6,7 @@ built (`backend()`), never the result. Imports nothing but torch.
 
 from .group_attention import group_attention
 from .gumbel_assign import Assignment, compose_assignments, gumbel_assign, gumbel_noise, soft_assignment
-from .reference import decode_masks, upsample_masks
+from .mask_upsample import decode_masks, upsample_masks
 
 __all__ = [
     "Assignment",

@@ -1,0 +1,81 @@
+// Argument checks of the C++ entries, in one order (layout, shape, dtype, device) and one wording: the
+// argument, what was wanted, what came. The public Python functions check first and say the same; these
+// keep a direct call of `torch.ops.groupvit_fast.*` from ever reading outside a tensor.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "csrc/launchers.h"
+
+namespace gvit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void check(bool condition, const Parts&... message) {
+    if (condition) return;
+    std::ostringstream text;
+    ((text << message), ...);
+    throw std::runtime_error(text.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+    std::ostringstream text;
+    text << "shape [";
+    for (int64_t d = 0; d < tensor.dim(); ++d) text << (d == 0 ? "" : ", ") << tensor.size(d);
+    text << "]";
+    return text.str();
+}
+
+// `sizes` lists what each dimension must be; -1 is any size.
+inline void check_shape(const char* name, const Tensor& tensor, const char* letters,
+                        std::initializer_list<int64_t> sizes) {
+    bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+    std::ostringstream wanted;
+    int64_t d = 0;
+    for (const int64_t size : sizes) {
+        same = same && (size < 0 || tensor.size(d) == size);
+        wanted << (d == 0 ? "" : ", ");
+        size < 0 ? wanted << "any" : wanted << size;
+        ++d;
+    }
+    check(same, name, " must be ", letters, " with sizes [", wanted.str(), "], got ", shape_of(tensor));
+}
+
+inline Storage storage_of(const char* name, const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Double: return Storage::float64;
+        case ScalarType::Float: return Storage::float32;
+        case ScalarType::BFloat16: return Storage::bfloat16;
+        case ScalarType::Half: return Storage::float16;
+        default: break;
+    }
+    check(false, name, " must be float32, float64, bfloat16 or float16, got dtype number ",
+          static_cast<int>(tensor.scalar_type()));
+    return Storage::float32;
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wanted, const char* wanted_name) {
+    check(tensor.scalar_type() == wanted, name, " must be ", wanted_name, ", got dtype number ",
+          static_cast<int>(tensor.scalar_type()));
+}
+
+inline void check_same_device(const char* name, const Tensor& tensor, const char* owner, const Tensor& other) {
+    check(tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
+          " must be on the device of ", owner);
+}
+
+inline Tensor dense(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+}  // namespace gvit
