@@ -1,0 +1,144 @@
+"""Several processes as one: start and stop, gathers with and without gradient, agreement to stop.
+
+Reads the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK). Alone, every function is the
+identity, so callers need no branches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: longer than an evaluation, during which only rank 0 works."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is (`rank` of `size`) and which device of its machine it uses (`local_rank`)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that logs, evaluates and saves."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def session(device: str) -> Iterator[World]:
+    """Join the processes torchrun started, for the duration of a `with`; without torchrun a world of one."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World()
+        return
+    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", 0)))
+    if device == "cuda":
+        torch.cuda.set_device(world.local_rank)
+    # gloo stays beside NCCL for what lives on the CPU: objects and the agreement to stop
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The tensors of all processes, concatenated along the first axis; no gradient."""
+    if world_size() == 1:
+        return tensor
+    everyone = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(everyone, tensor.contiguous())
+    return everyone
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Each process's loss depends on every process's features: sum over the losses, keep our rows."""
+        own = gradient.new_empty(gradient.shape[0] // world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
+
+
+def gather_with_grad(tensor: Tensor) -> Tensor:
+    """Like `gather`, and the gradient flows back to the process that each row came from."""
+    return tensor if world_size() == 1 else _GatherWithGrad.apply(tensor)
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Add up `tensor` over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_main(value: Any) -> Any:
+    """The value that the main process passed, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(value: Any) -> list[Any]:
+    """The values of all processes in order of rank, on the main process; elsewhere an empty list."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    from_main(None)
+
+
+class StopAgreement:
+    """All processes stop after the same step, although a signal reaches them at different times.
+
+    Each step starts a reduction of one number on the CPU and reads that of the step before: one step of
+    delay, and nobody waits.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def reached(self, wanted: bool) -> bool:
+        """Say whether this process wants to stop; returns whether all processes stop now."""
+        if world_size() == 1:
+            return wanted
+        stop = False
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            stop = bool(flag.item())
+        if stop:
+            return True
+        flag = torch.tensor([float(wanted)])
+        self._pending = (dist.all_reduce(flag, async_op=True), flag)
+        return False

@@ -1,0 +1,143 @@
+"""AdamW with the published parameter groups, the learning rate, and the guard against bad numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groupvit_fast.training.distributed import sum_over_processes
+from groupvit_fast.training.recipes import TrainConfig
+
+FIRST_LOSS_SCALE = 2.0**16
+LOSS_SCALE_PATIENCE = 2000
+"""Good steps before the loss scale of float16 doubles."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay everything but 1-D parameters and biases.
+
+    So group tokens, position embedding and the 0-dim temperatures do decay, as in the published training.
+    """
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (free if parameter.ndim == 1 or name.endswith("bias") else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of each step: linear warm-up, then a cosine.
+
+    As in the published training, the cosine counts from step 0, so that the warm-up ends slightly below
+    its peak.
+    """
+
+    steps: int
+    warmup_steps: int
+    peak: float
+    minimum: float
+    warmup_start: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, *, steps: int, steps_per_epoch: int, world_size: int) -> Schedule:
+        """The schedule of a run; with `lr_batch`, the rates grow with the global batch."""
+        factor = config.batch_size * world_size / config.lr_batch if config.lr_batch else 1.0
+        warmup = config.warmup_steps
+        if warmup is None:
+            warmup = round(config.warmup_epochs * steps_per_epoch)
+        return cls(steps, warmup, config.lr * factor, config.min_lr * factor, config.warmup_lr * factor)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.warmup_start + (self.peak - self.warmup_start) * step / self.warmup_steps
+        cosine = math.cos(math.pi * min(step / self.steps, 1.0))
+        return self.minimum + (self.peak - self.minimum) * (1 + cosine) / 2
+
+
+class GuardedAdamW:
+    """Backward pass, clipping and AdamW, which a loss or gradient that is not finite turns into nothing.
+
+    Whether a step is bad stays a number on the device: fused AdamW takes it as `found_inf` and does not
+    touch weights or moments, and running statistics (batch norm) are put back. The host is never asked.
+    Clipping, and the loss scale of float16, are folded into the same kernel as `grad_scale`.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, *, loss_scaling: bool = False) -> None:
+        groups = parameter_groups(model, config.weight_decay)
+        betas = (config.beta1, config.beta2)
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self.clip_grad = config.clip_grad
+        device = self.parameters[0].device
+        self.loss_scaling = loss_scaling
+        self.loss_scale = torch.tensor(FIRST_LOSS_SCALE if loss_scaling else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.bad_steps = torch.zeros((), device=device)
+        self.bad_in_a_row = torch.zeros((), device=device)
+        self._before: list[Tensor] = []
+
+    def remember_statistics(self) -> None:
+        """Call before the forward pass, which changes running statistics."""
+        self._before = [buffer.clone() for buffer in self.statistics]
+
+    def step(self, loss: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """Back-propagate and update; returns the gradient norm and whether the step was bad (0 or 1)."""
+        self.adamw.zero_grad(set_to_none=True)
+        (loss * self.loss_scale if self.loss_scaling else loss).backward()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / self.loss_scale
+        bad = 1.0 - (norm.isfinite() & loss.detach().isfinite()).float()
+        bad = sum_over_processes(bad).clamp(max=1.0)
+        divisor = self.loss_scale
+        if self.clip_grad:
+            divisor = divisor * (norm / self.clip_grad).clamp(min=1.0)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.grad_scale, self.adamw.found_inf = divisor, bad
+        self.adamw.step()
+        self._restore_statistics(bad)
+        self._count(bad, loss.detach())
+        return norm, bad
+
+    def _restore_statistics(self, bad: Tensor) -> None:
+        for buffer, before in zip(self.statistics, self._before, strict=True):
+            buffer.copy_(torch.where(bad > 0, before, buffer))
+
+    def _count(self, bad: Tensor, loss: Tensor) -> None:
+        """Count bad steps; the loss scale of float16 halves after a bad one and doubles after many good."""
+        alarming = bad
+        if self.loss_scaling:
+            # an overflow that a smaller scale cures is no reason to stop
+            alarming = bad * ((self.loss_scale <= 1) | ~loss.isfinite()).float()
+            self.good_steps = (self.good_steps + 1) * (1 - bad)
+            grow = (self.good_steps >= LOSS_SCALE_PATIENCE).float()
+            self.loss_scale = self.loss_scale * (1 + grow) * (1 - 0.5 * bad)
+            self.good_steps = self.good_steps * (1 - grow)
+        self.bad_steps = self.bad_steps + bad
+        self.bad_in_a_row = (self.bad_in_a_row + alarming) * alarming
+
+    def first_bad_parameter(self, model: nn.Module) -> str | None:
+        """Name of the first parameter whose last gradient is not finite, for the diagnosis."""
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return name
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        counters = {name: getattr(self, name) for name in self._counters}
+        return {"adamw": self.adamw.state_dict(), **counters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        for name in self._counters:
+            setattr(self, name, state[name].to(self.loss_scale.device))
+
+    _counters = ("loss_scale", "good_steps", "bad_steps", "bad_in_a_row")

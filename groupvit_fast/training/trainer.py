@@ -1,0 +1,255 @@
+"""The training loop.
+
+Everything random in a step - noise, drop path, and in the loader order, crops and prompts - is a function
+of (seed, step, rank), so a run that was killed and resumed gives the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from groupvit_fast.console import UserError, write_json
+from groupvit_fast.model.groupvit import GroupViT, TrainingOutput
+from groupvit_fast.training import checkpoint
+from groupvit_fast.training.distributed import StopAgreement, World, from_main, on_main
+from groupvit_fast.training.interruption import Interruption
+from groupvit_fast.training.losses import contrastive_loss, multi_label_loss, similarity_scale, text_labels
+from groupvit_fast.training.metrics import Clock, MetricsFile, ProgressLine, RunningMeans
+from groupvit_fast.training.optim import GuardedAdamW, Schedule
+from groupvit_fast.training.precision import DTYPES, autocast
+from groupvit_fast.training.recipes import TrainConfig
+
+PARTS = ("loss", "contrastive", "multi_label", "grad_norm", "groups_in_use")
+"""What is averaged on the device between two lines of metrics.jsonl."""
+
+
+class Batch(Protocol):
+    """images float32 [B,3,H,W]; texts int64 [U,T], distinct rows; text_index int64 [B,1+K], caption first."""
+
+    images: Tensor
+    texts: Tensor
+    text_index: Tensor
+
+
+class Loader(Protocol):
+    """An endless source of batches; its state is the position right after the last batch handed out."""
+
+    steps_per_epoch: int
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Train `model` on `loader` as `config` says, in the run folder `output`.
+
+    `evaluate(model)` returns JSON-able results; it is called before, every `eval_every` steps and after,
+    on the main process and in evaluation mode. `dtype` is a key of `precision.DTYPES`. After `fit`, `step`,
+    `evaluations` (by step) and `last_record` (of metrics.jsonl) tell what happened.
+    """
+
+    def __init__(
+        self,
+        model: GroupViT,
+        loader: Loader,
+        config: TrainConfig,
+        *,
+        output: Path,
+        device: str = "cpu",
+        world: World | None = None,
+        dtype: str = "float32",
+        evaluate: Callable[[GroupViT], dict[str, Any]] | None = None,
+    ) -> None:
+        self.model, self.loader, self.config, self.output = model.to(device).train(), loader, config, output
+        self.world = world or World()
+        self.device, self.dtype, self.evaluate = device, dtype, evaluate
+        epoch = loader.steps_per_epoch
+        self.steps = config.steps or max(1, round((config.epochs or 1) * epoch))
+        self.schedule = Schedule.of(
+            config, steps=self.steps, steps_per_epoch=epoch, world_size=self.world.size
+        )
+        self.forward = self._wrapped()
+        self.optimizer = GuardedAdamW(model, config, loss_scaling=dtype == "fp16")
+        self.noise_key = torch.tensor([mix(config.seed, self.world.rank), 0], device=device)
+        self.means = RunningMeans(PARTS, device)
+        self.step, self.saved_step = 0, -1
+        self.evaluations: dict[int, dict[str, Any]] = {}
+        self.last_record: dict[str, Any] = {}
+        self.checkpoint: Path | None = None
+
+    def fit(self) -> int | None:
+        """Train to the last step or until a signal, which is returned; either way the state is saved."""
+        self._open()
+        with Interruption() as interruption:
+            self.evaluate_if_due()
+            batches, stop = iter(self.loader), StopAgreement()
+            self.clock.restart()
+            while self.step < self.steps and not stop.reached(interruption.signal is not None):
+                self.train_step(self.clock.next(batches))
+                # ---- training ends, diagnostics begin ----
+                self.progress.advance()
+                if self.step % self.config.log_every == 0 or self.step == self.steps:
+                    self.log()
+                if self.step % self.config.save_every == 0 or self.step == self.steps:
+                    self.save()
+                self.evaluate_if_due()
+            if self.saved_step != self.step:
+                self.save()
+        self.progress.close()
+        return interruption.signal if self.step < self.steps else None
+
+    def train_step(self, batch: Batch) -> None:
+        """One step of optimisation. The host starts work and never waits for a result."""
+        torch.manual_seed(mix(self.config.seed, self.world.rank, self.step))
+        self.noise_key[1] = self.step
+        self.optimizer.remember_statistics()
+        with autocast(self.device, DTYPES[self.dtype]):
+            noise_key = self.noise_key if self.config.gumbel else None
+            encoded = self.forward(batch.images, batch.texts, batch.text_index, noise_key)
+        loss, contrastive, multi_label = self.losses(encoded, batch)
+        norm, bad = self.optimizer.step(loss, self.schedule.rate(self.step))
+        groups_in_use = (encoded.counts[-1] > 0).sum(1).float().mean()
+        self.means.add([loss.detach(), contrastive.detach(), multi_label.detach(), norm, groups_in_use], bad)
+        self.step += 1
+
+    def losses(self, encoded: TrainingOutput, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The total and its two parts, 0-dim float32; the multi-label part is 0 without prompts."""
+        config, model = self.config, self.model
+        labels = None
+        if config.merge_captions or config.multi_label:
+            labels = text_labels(batch.texts, batch.text_index)
+        captions = labels[:, 0] if config.merge_captions else None
+        contrastive = contrastive_loss(encoded.image, encoded.text[:, 0], model.logit_scale, labels=captions)
+        if not config.multi_label:
+            return contrastive, contrastive, torch.zeros_like(contrastive)
+        multi_label = multi_label_loss(
+            encoded.image, encoded.text[:, 1:], labels[:, 1:], model.multi_label_logit_scale
+        )
+        return contrastive + config.multi_label_weight * multi_label, contrastive, multi_label
+
+    def log(self) -> None:
+        """One line of metrics.jsonl and of the progress display; the one place where the host waits."""
+        record = {
+            "step": self.step,
+            **self.means.take(),
+            "lr": self.schedule.rate(self.step - 1),
+            "logit_scale": similarity_scale(self.model.logit_scale.detach()).item(),
+            "bad_steps": int(self.optimizer.bad_steps.item()),
+            "epoch": round(self.step / self.loader.steps_per_epoch, 4),
+            **self.clock.take(),
+        }
+        self.last_record = record
+        if self.metrics:
+            self.metrics.write(record)
+        self.progress.show(record)
+        in_a_row = int(self.optimizer.bad_in_a_row.item())
+        if in_a_row >= self.config.max_bad_steps:
+            self.progress.close()
+            raise UserError(self._diagnosis(in_a_row))
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate before the first step, every `eval_every`, and after the last, each once."""
+        every = self.config.eval_every
+        due = self.step in (0, self.steps) or (every is not None and self.step % every == 0)
+        if self.evaluate is None or not due or self.step in self.evaluations:
+            return
+        paused = self.clock.pause()
+        results = None
+        if self.world.is_main:
+            self.model.eval()
+            with torch.no_grad():
+                results = self.evaluate(self.model)
+            self.model.train()
+        self.evaluations[self.step] = from_main(results)
+        if self.world.is_main:
+            write_json(self.output / "evaluations.json", self.evaluations)
+            miou = results.get("miou")
+            self.progress.say(f"step {self.step}: zero-shot mIoU {miou:.3f}" if miou is not None else "")
+        self.clock.proceed(paused)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment; every process takes part with its own position in the data."""
+        paused = self.clock.pause()
+        ranks = on_main({"loader": self.loader.state_dict(), "means": self.means.sums.cpu()})
+        if self.world.is_main:
+            state = {
+                "step": self.step,
+                "world_size": self.world.size,
+                "dtype": self.dtype,
+                "optimizer": self.optimizer.state_dict(),
+                "evaluations": json.dumps(self.evaluations),
+                "ranks": ranks,
+            }
+            folder = self.output / "checkpoints"
+            self.checkpoint = checkpoint.save(
+                folder, self.step, self.model, state, keep=self.config.keep_checkpoints
+            )
+        self.saved_step = self.step
+        self.clock.proceed(paused)
+
+    def resume(self, folder: Path, warn: Callable[[str], None]) -> None:
+        """Continue from a step folder: weights, optimiser, data, counters. Call before `fit`."""
+        checkpoint.load_weights(folder, self.model)
+        state = checkpoint.load_state(folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = self.saved_step = state["step"]
+        self.evaluations = {int(step): result for step, result in json.loads(state["evaluations"]).items()}
+        self.checkpoint = folder
+        if state["world_size"] == self.world.size:
+            own = state["ranks"][self.world.rank]
+            self.loader.load_state_dict(own["loader"])
+            self.means.sums = own["means"].to(self.device)
+        else:
+            warn(
+                f"warning: {folder} was saved by {state['world_size']} processes, this run has "
+                f"{self.world.size}: weights and optimiser continue, the data order starts anew"
+            )
+
+    def _open(self) -> None:
+        """What only a run that really starts needs: the metrics file, the clock, the progress display."""
+        main = self.world.is_main
+        self.metrics = MetricsFile(self.output / "metrics.jsonl", resume_from=self.step) if main else None
+        self.progress = ProgressLine(total=self.steps, done=self.step, quiet=self.config.quiet or not main)
+        self.clock = Clock()
+
+    def _wrapped(self) -> nn.Module:
+        """The model as it is called in a step: gradients averaged over processes, compiled if wanted."""
+        model: nn.Module = self.model
+        if self.world.size > 1:
+            if self.device == "cuda":
+                model = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            devices = [self.world.local_rank] if self.device == "cuda" else None
+            model = nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        return torch.compile(model) if self.config.compile else model
+
+    def _diagnosis(self, in_a_row: int) -> str:
+        parameter = self.optimizer.first_bad_parameter(self.model)
+        place = f"the gradient of {parameter}" if parameter else "the loss"
+        kept = f"the weights of step {self.step - in_a_row} are kept"
+        if self.checkpoint:
+            kept += f", the last checkpoint is {self.checkpoint}"
+        return (
+            f"training stopped at step {self.step}: {in_a_row} steps in a row gave numbers that are not "
+            f"finite (first found in {place}); {kept}. Try a lower --lr or no --amp, and check the data"
+        )
+
+
+def mix(*values: int) -> int:
+    """A well-spread number below 2^63 from a few integers (splitmix64 steps): the seed of one step."""
+    mask = 2**64 - 1
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
