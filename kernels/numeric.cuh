@@ -44,6 +44,11 @@ struct float16 {
     uint16_t bits;
 };
 
+template <class T>
+constexpr bool kIsBfloat16 = false;
+template <>
+inline constexpr bool kIsBfloat16<bfloat16> = true;
+
 GVIT_HD uint32_t float_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
