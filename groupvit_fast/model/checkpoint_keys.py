@@ -23,10 +23,10 @@ LAYOUTS = ("ours", "hf", "official")
 # Columns: ours, Hugging Face, official; what a row leaves out is the same as the column before. An unindented
 # row that ends in a dot is the prefix of the indented ones after it. # is the number of a stage or layer,
 # * what follows (weight, bias, ...). [qkv] stands for three matrices, which in our layout are one, stacked
-# in that order; - says that the layout has no such thing.
+# in that order. Hugging Face's model has no multi_label_logit_scale: its directories keep it in config.json.
 _TABLE = """
 logit_scale
-multi_label_logit_scale             -                                         multi_label_logit_scale
+multi_label_logit_scale
 image_projector.                    visual_projection.                        img_projector.
   hidden.*                          0.*                                       linear_hidden.0.*
   norm.*                            1.*                                       linear_hidden.1.*
@@ -109,9 +109,7 @@ def _parse_table() -> list[tuple[re.Pattern[str], tuple[str, ...]]]:
             prefixes = row if row[0].endswith(".") else [""] * 3
             if row is prefixes:
                 continue
-        names = tuple(
-            part if part == "-" else prefix + part for prefix, part in zip(prefixes, row, strict=True)
-        )
+        names = tuple(prefix + part for prefix, part in zip(prefixes, row, strict=True))
         pattern = names[0].replace(".", r"\.").replace("#", r"(\d+)").replace("*", r"(\w+)")
         rules.append((re.compile(pattern), names))
     return rules
@@ -122,15 +120,13 @@ _RULES = _parse_table()
 
 @functools.cache
 def foreign_keys(key: str, layout: str) -> tuple[str, ...]:
-    """Names that our parameter `key` has in `layout`: several if it is a stack of them, none if not kept.
+    """Names that our parameter `key` has in `layout`: several if it is a stack of them.
 
     KeyError for a name that is not ours.
     """
     for pattern, names in _RULES:
         if match := pattern.fullmatch(key):
             template = names[LAYOUTS.index(layout)]
-            if template == "-":
-                return ()
             name = template.replace("#", "{}").replace("*", "{}").format(*match.groups())
             letters = re.search(r"\[(\w+)\]", name)
             return tuple(name.replace(letters[0], letter) for letter in letters[1]) if letters else (name,)
@@ -154,7 +150,7 @@ def to_ours(
         known.update(names)
         absent = [name for name in names if name not in state]
         report.missing += absent
-        if absent or not names:
+        if absent:
             continue
         parts = [_without_kernel(state[name], target) for name in names]
         rows = target.shape[0] // len(parts) if target.dim() else 0
@@ -179,7 +175,7 @@ def from_ours(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
         if layout == "official" and re.fullmatch(r"\w+_projector\.(hidden|out)\.weight", key):
             value = value[..., None]
         parts = value.chunk(len(names)) if len(names) > 1 else (value,)
-        result.update((name, part.contiguous()) for name, part in zip(names, parts, strict=bool(names)))
+        result.update((name, part.contiguous()) for name, part in zip(names, parts, strict=True))
     return result
 
 

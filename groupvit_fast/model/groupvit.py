@@ -5,11 +5,14 @@ Shapes: B images, N texts, U distinct texts, K prompts per image, T tokens, G gr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from groupvit_fast.model.checkpoint_write import write_checkpoint
 from groupvit_fast.model.image_encoder import ImageEncoder
 from groupvit_fast.model.layers import Projector
 from groupvit_fast.model.presets import ModelConfig, preset
@@ -63,6 +66,14 @@ class GroupViT(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """tokens int64 [N,T], zero-padded -> [N,D], projected and not normalised."""
         return self.text_projector(self.text_encoder(tokens))
+
+    def save_pretrained(self, directory: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
+        """Write model.safetensors, config.json and a model card; `load_model(directory)` reads them back.
+
+        `about` may tell data, recipe and results for the card. A directory with an older checkpoint is
+        replaced as a whole; CheckpointError, with nothing changed, if anything else is in it.
+        """
+        write_checkpoint(self.state_dict(), self.config, directory, about=about)
 
     def encode_groups(self, pixels: Tensor) -> GroupEncoding:
         """pixels [B,3,H,W] -> `GroupEncoding`. RuntimeError in training mode: batch norm would mix images."""
