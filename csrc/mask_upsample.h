@@ -8,13 +8,17 @@
 
 namespace gvit {
 
+constexpr int64_t kMaxPlane = 2147483647;  // elements; the batch may be larger
+
 inline void check_size(int64_t height, int64_t width) {
     check(height > 0 && width > 0, "size must be two positive numbers, got (", height, ", ", width, ")");
+    check(width <= kMaxPlane / height, "size must be below 2^31 pixels, got (", height, ", ", width, ")");
 }
 
 inline void check_maps(const char* name, const Tensor& maps) {
     check_shape(name, maps, "[B, G, h, w]", {-1, -1, -1, -1});
     check(maps.size(2) > 0 && maps.size(3) > 0, name, " must have h, w >= 1, got ", shape_of(maps));
+    check(maps.size(3) <= kMaxPlane / maps.size(2), name, " must have h * w < 2^31, got ", shape_of(maps));
 }
 
 template <auto run>
@@ -56,7 +60,7 @@ inline void check_scores(const Tensor& maps, const Tensor& scores, const std::op
         check(!threshold, "background_threshold needs scores [B, G, K], got labels [B, G]");
     } else {
         check_shape("scores", scores, "[B, G, K]", {batch, groups, -1});
-        check(scores.size(2) > 0, "scores must have K >= 1, got ", shape_of(scores));
+        check(scores.size(2) > 0 && scores.size(2) <= kMaxPlane, "scores must have K >= 1, got ", shape_of(scores));
     }
     check_same_device("scores", scores, "maps", maps);
     if (!threshold) return;

@@ -181,9 +181,8 @@ struct DecodeRows {
     static GVIT_INLINE void count(const DecodeParams& p, index_t row, const index_t* labels, index_t* counts) {
         const index_t* target = p.target + row * p.out_width;
         for (index_t x = 0; x < p.out_width; ++x) {
-            const bool counted = target[x] >= 0 && target[x] < p.num_classes && labels[x] >= 0 &&
-                                 labels[x] < p.num_classes;
-            if (counted) ++counts[target[x] * p.num_classes + labels[x]];
+            const index_t cell = confusion_cell(target[x], labels[x], p.num_classes);
+            if (cell >= 0) ++counts[cell];
         }
     }
 };
@@ -192,14 +191,9 @@ struct DecodeRows {
 std::vector<index_t> labels_of_groups(const DecodeParams& p) {
     if (p.group_labels != nullptr) return {p.group_labels, p.group_labels + p.batch * p.groups};
     std::vector<index_t> labels(p.batch * p.groups);
-    with_storage_type(p.score_storage, [&](auto type) {
-        using T = decltype(type);
-        for (index_t i = 0; i < p.batch * p.groups; ++i) {
-            const T* thresholds = static_cast<const T*>(p.background_threshold);
-            labels[i] = class_of_group(static_cast<const T*>(p.scores) + i * p.classes, p.classes,
-                                       thresholds == nullptr ? nullptr : thresholds + i / p.groups);
-        }
-    });
+    for (index_t group = 0; group < p.batch * p.groups; ++group) {
+        labels[group] = label_of(p, group, best_class(p, group, 0, 1));
+    }
     return labels;
 }
 

@@ -120,6 +120,9 @@ GVIT_HD float16 from_float<float16>(float value) {
 #endif
 }
 
+// How a tensor's elements are stored, where no template argument tells.
+enum class Storage { float64, float32, bfloat16, float16 };
+
 // What a storage type is computed in: float64 for itself, float32 for all others.
 template <class T>
 struct Accumulate {
@@ -148,6 +151,16 @@ GVIT_HD T narrow(accumulate_t<T> value) {
 template <>
 GVIT_HD double narrow<double>(double value) {
     return value;
+}
+
+// One element of a tensor whose storage type is known at run time only; exact.
+GVIT_HD double element_of(const void* tensor, Storage storage, index_t i) {
+    switch (storage) {
+        case Storage::float64: return static_cast<const double*>(tensor)[i];
+        case Storage::float32: return static_cast<const float*>(tensor)[i];
+        case Storage::bfloat16: return to_float(static_cast<const bfloat16*>(tensor)[i]);
+        default: return to_float(static_cast<const float16*>(tensor)[i]);
+    }
 }
 
 // Several elements moved by one instruction; the address must be a multiple of the size.
