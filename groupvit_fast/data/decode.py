@@ -7,7 +7,10 @@ when one breaks, and dies when a mapped tar is rewritten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -98,14 +101,44 @@ class ImageDecoder:
         return pixels
 
 
-def decodes(encoded: np.ndarray, device: torch.device) -> bool:
-    """Whether DALI can decode this one image on `device`."""
-    whole = np.array([[0.0, 0.0]], np.float32), np.array([[1.0, 1.0]], np.float32), np.zeros(1, np.int32)
+def undecodable(encoded: Sequence[np.ndarray], device: torch.device, image_size: int = 8) -> list[int]:
+    """Numbers of the images that DALI cannot decode on `device`, found by decoding each one alone."""
+    bad: list[int] = []
+    while (first := bad[-1] + 1 if bad else 0) < len(encoded):
+        bad_now = _first_undecodable(encoded[first:], device, image_size)
+        if bad_now is None:
+            break
+        bad.append(first + bad_now)
+    return bad
+
+
+def _first_undecodable(encoded: Sequence[np.ndarray], device: torch.device, image_size: int) -> int | None:
+    whole = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32), np.zeros(1, np.int32)
+    images = chain(encoded, repeat(encoded[-1]))  # DALI may ask for more than it is told to run
     decoder = ImageDecoder(
-        lambda: DecodeInput([encoded], *whole), batch_size=1, image_size=8, device=device, prefetch=1
+        lambda: DecodeInput([next(images)], *whole), batch_size=1, image_size=image_size, device=device
     )
-    try:
-        decoder.next()
-    except RuntimeError:
-        return False
-    return True
+    for number in range(len(encoded)):
+        try:
+            decoder.next()
+        except RuntimeError:
+            return number
+    return None
+
+
+def numbered_device(device: str | torch.device) -> torch.device:
+    """Give "cuda" its number now: the current device belongs to the thread, and a loader has its own."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def side_stream(device: torch.device) -> contextlib.AbstractContextManager:
+    """A stream of the loader's own, so that its copies do not queue behind the training step."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def default_threads() -> int:
+    """The cores this process may use, shared with the other ranks of the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -144,3 +144,14 @@ def _load(path: Path, tar: Path) -> ShardIndex | None:
         return None
     rejected = tuple((key, reason) for key, reason in about["rejected"])
     return ShardIndex(tar, stamp, key_bytes=key_bytes, rejected=rejected, **columns)
+
+
+def write_dali_index(index: ShardIndex, path: str | Path) -> None:
+    """Write the text index that DALI's own `fn.readers.webdataset` reads, for other programs.
+
+    Names become running numbers: DALI splits the lines at white space, so a key with a space would break one.
+    """
+    columns = (index.image_offset, index.image_size, index.caption_offset, index.caption_size)
+    rows = enumerate(zip(*(column.tolist() for column in columns), strict=True))
+    lines = [f"jpg {a} {b} {n}.jpg txt {c} {d} {n}.txt" for n, (a, b, c, d) in rows]
+    _write_atomically(Path(path), "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode())

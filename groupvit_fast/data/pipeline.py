@@ -6,9 +6,7 @@ epochs. So the state of the loader is one number, and a run may even resume with
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import queue
 import random
 import threading
@@ -23,7 +21,15 @@ import torch
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import sampling, text
-from groupvit_fast.data.decode import DecodeInput, ImageDecoder, decodes, window_fractions
+from groupvit_fast.data.decode import (
+    DecodeInput,
+    ImageDecoder,
+    default_threads,
+    numbered_device,
+    side_stream,
+    undecodable,
+    window_fractions,
+)
 from groupvit_fast.data.index import expand_shards
 from groupvit_fast.data.reader import SampleReader
 
@@ -83,9 +89,10 @@ class TrainLoader:
     ):
         self.batch_size, self.image_size = batch_size, image_size
         self.num_prompts, self.context_length = num_prompts, context_length
-        self.templates, self.noun_tags = text.prompt_templates(prompt_templates), noun_tags
+        self.templates = text.prompt_templates(prompt_templates)
+        self.noun_tags = text.check_noun_tags(noun_tags)
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.device, self.num_threads = _with_index(device), num_threads or _default_threads()
+        self.device, self.num_threads = numbered_device(device), num_threads or default_threads()
         self.min_crop, self.flip = min_crop, flip
         self.reader = SampleReader(expand_shards(shards), cache_dir, quiet)
         self._position = 0  # samples handed out so far, over all ranks and epochs
@@ -176,7 +183,7 @@ class TrainLoader:
 
     def _work(self, ready: queue.Queue, stop: threading.Event) -> None:
         try:
-            with _side_stream(self.device):
+            with side_stream(self.device):
                 for batch in self._batches(self._position):
                     if self.device.type == "cuda":
                         torch.cuda.current_stream(self.device).synchronize()
@@ -259,12 +266,8 @@ class TrainLoader:
 
     def _quarantine(self, plans: deque[_Plan], position: int, error: RuntimeError) -> None:
         """Find the images on their way that DALI cannot decode and stop delivering them."""
-        found = [
-            int(sample)
-            for plan in plans
-            for sample, encoded in zip(plan.samples, plan.encoded, strict=True)
-            if not decodes(encoded, self.device)
-        ]
+        pairs = [pair for plan in plans for pair in zip(plan.samples.tolist(), plan.encoded, strict=True)]
+        found = [pairs[number][0] for number in undecodable([image for _, image in pairs], self.device)]
         if not found:
             raise error
         for sample in found:
@@ -293,21 +296,3 @@ def _for_this_stream(batch: Batch) -> Batch:
         for tensor in (batch.images, batch.texts, batch.text_index):
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return batch
-
-
-def _with_index(device: str | torch.device) -> torch.device:
-    """Resolve "cuda" now: the current device is a property of the thread, and the loader has its own."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _side_stream(device: torch.device) -> contextlib.AbstractContextManager:
-    """A stream of the loader's own, so that its copies do not queue behind the training step."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _default_threads() -> int:
-    """The cores this process may use, shared with the other ranks of the machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -43,7 +43,7 @@ class SampleReader:
         return int(self.shard_start[-1])
 
     def fingerprint(self) -> str:
-        """A short hash that changes when the samples or their order do; the place of the files does not count."""
+        """A short hash that changes when the samples or their order do, but not when the files move."""
         digest = hashlib.sha256()
         for column in (self.image_offset, self.image_size, self.caption_size):
             digest.update(np.ascontiguousarray(column).tobytes())
@@ -74,18 +74,27 @@ class SampleReader:
 
     def read(self, samples: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
         """Encoded images (uint8 arrays) and raw captions of `samples`."""
-        shards = (np.searchsorted(self.shard_start, samples, side="right") - 1).tolist()
-        images = _places(shards, self.image_offset[samples], self.image_size[samples])
-        captions = _places(shards, self.caption_offset[samples], self.caption_size[samples])
-        for shard, offset, size in images:  # announce all before the first read: the disk works in parallel
+        places = self._places(samples, self.image_offset, self.image_size)
+        for shard, offset, size in places:  # announce all before the first read: the disk works in parallel
             os.posix_fadvise(self._handle(shard), offset, size, os.POSIX_FADV_WILLNEED)
-        encoded = [np.frombuffer(self._pread(*place), np.uint8) for place in images]
-        texts = [self._pread(*place).decode("utf-8", "replace") for place in captions]
-        return encoded, texts
+        return [np.frombuffer(self._pread(*place), np.uint8) for place in places], self.captions(samples)
+
+    def captions(self, samples: np.ndarray) -> list[str]:
+        """Raw captions of `samples`; bytes that are not UTF-8 become replacement characters."""
+        places = self._places(samples, self.caption_offset, self.caption_size)
+        return [self._pread(*place).decode("utf-8", "replace") for place in places]
 
     def close(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
+
+    def _places(
+        self, samples: np.ndarray, offset: np.ndarray, size: np.ndarray
+    ) -> list[tuple[int, int, int]]:
+        """(shard number, offset, size) of one member of each sample."""
+        shards = np.searchsorted(self.shard_start, samples, side="right") - 1
+        columns = (shards, offset[samples], size[samples])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def _shard(self, sample: int) -> int:
         return int(np.searchsorted(self.shard_start, sample, side="right")) - 1
@@ -106,7 +115,3 @@ class SampleReader:
         handle = os.open(self.indexes[shard].tar, os.O_RDONLY | os.O_CLOEXEC)
         self._handles[shard] = handle
         return handle
-
-
-def _places(shards: list[int], offset: np.ndarray, size: np.ndarray) -> list[tuple[int, int, int]]:
-    return list(zip(shards, offset.tolist(), size.tolist(), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "text")
 _KINDS = dict.fromkeys(IMAGE_EXTENSIONS, "image") | dict.fromkeys(CAPTION_EXTENSIONS, "caption")
 MAX_CAPTION_BYTES = 8192  # 77 tokens hardly ever need more; a caption of a megabyte is cut here
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+# A damaged header can make tarfile compute an offset that no file has.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError)
 _HEAD_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 10
 
@@ -84,21 +88,31 @@ def _members(tar: Path) -> tuple[dict[str, dict[str, tuple[int, int]]], list[tup
     notes = []
     size = tar.stat().st_size
     try:
-        with tarfile.open(tar, "r:", errorlevel=0) as archive:
+        with tarfile.open(tar, "r:") as archive:
             try:
-                for member in archive:
-                    archive.members.clear()  # a shard has tens of thousands; they are not needed again
+                for member in _forward(archive):
                     complaint = _file_member(member, size, samples)
                     if complaint:
                         notes.append(complaint)
-            except tarfile.ReadError as error:
+            except _TAR_ERRORS as error:
                 notes.append((tar.name, f"the tar is cut short ({error})"))
             notes += _damage(tar, archive.offset, size)
-    except tarfile.ReadError:
+    except _TAR_ERRORS:
         if size == 0:
             raise UserError(f"{tar}: the shard is empty; delete or download it again") from None
         raise UserError(f"{tar}: not an uncompressed tar; unpack it or download it again") from None
     return samples, notes
+
+
+def _forward(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar; a header whose size leads backwards would otherwise be read for ever."""
+    end = -1
+    for member in archive:
+        archive.members.clear()  # a shard has tens of thousands; they are not needed again
+        if member.size < 0 or archive.offset <= end:
+            raise tarfile.ReadError("a header points backwards")
+        end = archive.offset
+        yield member
 
 
 def _file_member(member: tarfile.TarInfo, tar_size: int, samples: dict) -> tuple[str, str] | None:
@@ -155,8 +169,8 @@ def _check_image(handle: int, offset: int, size: int) -> tuple[int, int]:
             raise _Rejected(str(second_error)) from None
     if width * height > MAX_PIXELS:
         raise _Rejected(f"{width} x {height} pixels is above the limit of {MAX_PIXELS}")
-    if kind == "JPEG":  # DALI refuses a truncated JPEG and loses the whole batch with it
+    if kind in _END_MARKERS:  # DALI refuses a truncated file and loses the whole batch with it
         tail = os.pread(handle, min(size, _TAIL_BYTES), offset + max(0, size - _TAIL_BYTES))
-        if b"\xff\xd9" not in tail:
-            raise _Rejected("truncated JPEG (no end marker)")
+        if _END_MARKERS[kind] not in tail:
+            raise _Rejected(f"truncated {kind} (no end marker)")
     return width, height

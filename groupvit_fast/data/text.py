@@ -29,6 +29,10 @@ NOUN_TAGS: dict[str, frozenset[str]] = {
     "nouns": frozenset({"NN", "NNS", "NNP", "NNPS"}),
 }
 
+# The tokenizer's own names of the control tokens. Cut after "<", where the byte-pair words are separate
+# anyway, they are spelled out like any other text; "<|endoftext|>" has no meaning to it.
+_CONTROL_TEXT = re.compile(r"(?<=<)(?=(?:start|end)_of_text>)")
+
 # Letters with inner hyphens. Single ASCII letters are dropped: the tagger leaves "n" and "t" of "isn't".
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 
@@ -38,8 +42,8 @@ def clean(text: str) -> str:
 
     Printable ASCII without an ampersand passes ftfy and HTML unescaping unchanged, so it skips both.
     """
-    text = text.strip(" \t\r\n")
-    if not (text.isascii() and text.isprintable() and "&" not in text):
+    bare = text.strip(" \t\r\n")
+    if not (bare.isascii() and bare.isprintable() and "&" not in bare):
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -57,10 +61,11 @@ def _tokenizer():
 def token_row(text: str, context_length: int = CONTEXT_LENGTH) -> np.ndarray:
     """Return the unpadded tokens of one text, start and end token included, at most `context_length`.
 
-    A literal "<|endoftext|>" inside the text is spelled out as ordinary characters. The array is cached
-    and read-only.
+    Control text inside a caption, such as a literal "<|endoftext|>", stays ordinary characters. The array
+    is cached and read-only.
     """
-    body = _tokenizer().encode(clean(text))[: context_length - 2]
+    parts = _CONTROL_TEXT.split(clean(text))
+    body = [token for part in parts for token in _tokenizer().encode(part)][: context_length - 2]
     row = np.array([START_TOKEN, *body, END_TOKEN], dtype=np.int64)
     row.flags.writeable = False
     return row
@@ -117,14 +122,19 @@ def _tagged_words(caption: str) -> tuple[tuple[str, str], ...]:
     return tuple((w, tag) for w, tag in pairs if _WORD.fullmatch(w) and (len(w) > 1 or not w.isascii()))
 
 
+def check_noun_tags(name: str) -> str:
+    """Return `name` if it is a row of NOUN_TAGS."""
+    if name not in NOUN_TAGS:
+        raise UserError(f"noun tags '{name}' are unknown; use one of {', '.join(NOUN_TAGS)}")
+    return name
+
+
 def nouns(caption: str, tags: str = "official") -> list[str]:
     """The distinct nouns of a caption in the order they appear, lower case.
 
     `tags` names a row of NOUN_TAGS: "official" also counts verbs, as the public training code does.
     """
-    if tags not in NOUN_TAGS:
-        raise UserError(f"noun tags '{tags}' are unknown; use one of {', '.join(NOUN_TAGS)}")
-    wanted = NOUN_TAGS[tags]
+    wanted = NOUN_TAGS[check_noun_tags(tags)]
     return list(dict.fromkeys(word for word, tag in _tagged_words(clean(caption)) if tag in wanted))
 
 

@@ -1,0 +1,246 @@
+import itertools
+import logging
+import os
+import random
+import threading
+from collections import Counter
+
+import pytest
+import torch
+
+from groupvit_fast.console import UserError
+from groupvit_fast.data import sampling, text
+from groupvit_fast.data.pipeline import TrainLoader
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def make_loader(shards, **options):
+    options = {"batch_size": 8, "image_size": 16, "num_threads": 1, "quiet": True} | options
+    return TrainLoader(shards, **options)
+
+
+def take(loader, count):
+    """The next `count` batches, with the loader's thread ended."""
+    iterator = iter(loader)
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()
+
+
+def assert_equal(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.texts, other.texts)
+        assert torch.equal(batch.text_index, other.text_index)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batch_holds_pixels_tokens_and_prompt_rows(make_shards, device):
+    loader = make_loader(make_shards(20, caption="a cat on sand {}"), num_prompts=2, prompt_templates="noun",
+                         device=device)  # fmt: skip
+    (batch,) = take(loader, 1)
+    assert batch.images.shape == (8, 3, 16, 16)
+    assert batch.images.dtype == torch.float32
+    assert batch.text_index.shape == (8, 3)
+    assert {tensor.device.type for tensor in (batch.images, batch.texts, batch.text_index)} == {device}
+    longest = 1 + len(["a", "cat", "on", "sand"]) + 2 + 1  # a number of two digits is two tokens
+    assert batch.texts.shape == (8 + 2, longest), "eight captions, and the prompts 'cat' and 'sand' once"
+    prompts = {tuple(row[:3].tolist()) for row in batch.texts[batch.text_index[:, 1:].unique()].cpu()}
+    assert prompts == {tuple(text.token_row(word).tolist()) for word in ("cat", "sand")}
+    assert (batch.texts[batch.text_index[:, 0]] == text.START_TOKEN).sum() == 8
+
+
+def test_epoch_visits_each_sample_once_across_ranks_and_shards(make_shards, sample_numbers):
+    """Two ranks, 45 samples, steps of 16: epochs end inside batches and nothing is lost or repeated."""
+    shards = make_shards(45, per_shard=20)
+    ranks = [make_loader(shards, rank=rank, world_size=2) for rank in range(2)]
+    batches = [[sample_numbers(batch) for batch in take(rank, 9)] for rank in ranks]
+    stream = [number for step in zip(*batches, strict=True) for numbers in step for number in numbers]
+    for epoch in range(3):
+        assert Counter(stream[45 * epoch : 45 * (epoch + 1)]) == Counter(range(45))
+    assert stream[:45] != stream[45:90], "each epoch has its own order"
+    assert ranks[0].samples_per_epoch == 45
+    assert ranks[0].steps_per_epoch == 2
+
+
+def test_same_seed_same_batches_whatever_the_threads(make_shards):
+    shards = make_shards(30)
+    first = take(make_loader(shards, num_prompts=2), 5)
+    assert_equal(take(make_loader(shards, num_prompts=2, num_threads=2), 5), first)
+    other = take(make_loader(shards, num_prompts=2, seed=1), 5)
+    assert not torch.equal(other[0].texts, first[0].texts)
+
+
+def test_order_and_crops_do_not_depend_on_the_batch_size(make_shards, sample_numbers):
+    shards = make_shards(40)
+    small, large = take(make_loader(shards, batch_size=6), 4), take(make_loader(shards, batch_size=12), 2)
+    assert torch.equal(torch.cat([b.images for b in small]), torch.cat([b.images for b in large]))
+    assert [n for b in small for n in sample_numbers(b)] == [n for b in large for n in sample_numbers(b)]
+
+
+def test_crops_and_flips_change_between_epochs(make_shards, sample_numbers):
+    loader = make_loader(make_shards(8), min_crop=0.3)
+    first, second = (dict(zip(sample_numbers(b), b.images, strict=True)) for b in take(loader, 2))
+    assert not any(torch.equal(first[n], second[n]) for n in range(8))
+
+
+def test_whole_images_without_augmentation(make_shards, sample_numbers):
+    """min_crop 1 on square pictures, no flip: every epoch shows the same pixels."""
+    shards = make_shards(9, caption="picture number {}")
+    loader = make_loader(shards, batch_size=9, min_crop=1.0, flip=False)
+    first, second = (dict(zip(sample_numbers(b), b.images, strict=True)) for b in take(loader, 2))
+    square = 2  # picture n is 16 + n wide and 18 high
+    assert torch.equal(first[square], second[square])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("consumed", [0, 1, 3, 6, 11])
+def test_resume_is_exact(make_shards, consumed, world_size, device):
+    """45 samples in steps of 8 or 16: the cuts lie at the start, mid-epoch and after several epoch ends."""
+    shards = make_shards(45)
+    options = {"num_prompts": 2, "rank": world_size - 1, "world_size": world_size, "device": device}
+    whole = take(make_loader(shards, **options), consumed + 6)
+    interrupted = make_loader(shards, **options)
+    take(interrupted, consumed)
+    state = interrupted.state_dict()
+    resumed = make_loader(shards, **options)
+    resumed.load_state_dict(state)
+    assert_equal(take(resumed, 6), whole[consumed:])
+
+
+def test_state_counts_batches_handed_out_not_made_ahead(make_shards):
+    loader = make_loader(make_shards(45))
+    iterator = iter(loader)
+    for step in range(1, 4):
+        next(iterator)
+        assert loader.state_dict()["position"] == 8 * step
+    iterator.close()
+    assert_equal(take(loader, 2), take(make_loader(make_shards(45, folder="same")), 5)[3:])
+
+
+def test_resume_refuses_another_seed_other_shards_and_unknown_versions(make_shards):
+    shards = make_shards(20)
+    state = make_loader(shards).state_dict()
+    with pytest.raises(UserError, match="seed 0, this one 1"):
+        make_loader(shards, seed=1).load_state_dict(state)
+    with pytest.raises(UserError, match="20 samples then, 21 now"):
+        make_loader(make_shards(21, folder="other")).load_state_dict(state)
+    with pytest.raises(UserError, match="version 9"):
+        make_loader(shards).load_state_dict(state | {"version": 9})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_undecodable_image_is_replaced_named_and_counted(make_shards, sample_numbers, caplog, device):
+    """Two broken images, one right after the other, cost no batch; every good sample still comes."""
+    loader = make_loader(make_shards(45, hollow=[7, 8]), device=device)
+    with caplog.at_level(logging.WARNING, logger="groupvit_fast"):
+        batches = take(loader, 6)
+    numbers = Counter(number for batch in batches for number in sample_numbers(batch))
+    assert set(numbers) == set(range(45)) - {7, 8}
+    assert numbers[9] >= 3, "sample 9 stands in for both"
+    assert loader.bad_samples == 2
+    assert sorted(r.message.split(".tar:")[1][:9] for r in caplog.records) == ["000000007", "000000008"]
+    assert all(torch.isfinite(batch.images).all() for batch in batches)
+
+
+def test_undecodable_image_changes_nothing_else(make_shards, sample_numbers):
+    good = take(make_loader(make_shards(45)), 6)
+    bad = take(make_loader(make_shards(45, folder="bad", hollow=[7])), 6)
+    for batch, other in zip(good, bad, strict=True):
+        same = [a == b for a, b in zip(sample_numbers(batch), sample_numbers(other), strict=True)]
+        assert torch.equal(batch.images[same], other.images[same])
+        assert sum(same) >= 7
+
+
+def test_resume_after_an_undecodable_image_is_exact(make_shards):
+    shards = make_shards(45, hollow=[7, 30])
+    whole = take(make_loader(shards), 12)
+    first = make_loader(shards)
+    take(first, 6)
+    resumed = make_loader(shards)
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.bad_samples == 2
+    assert_equal(take(resumed, 6), whole[6:])
+    unaware = make_loader(shards)
+    unaware.load_state_dict(first.state_dict() | {"quarantined": []})
+    assert_equal(take(unaware, 6), whole[6:])
+
+
+def test_too_many_undecodable_images_stop_the_run(make_shards):
+    loader = make_loader(make_shards(60, hollow=range(20, 40)))
+    with pytest.raises(UserError, match=r"images, over 1 % .*000001.tar:0000000"):
+        take(loader, 20)
+
+
+def test_samples_left_out_of_the_index_are_said(make_shards, caplog):
+    with caplog.at_level(logging.WARNING, logger="groupvit_fast"):
+        loader = make_loader([*make_shards(20), *make_shards(2, folder="empty", caption="")])
+    assert loader.samples_per_epoch == 20
+    assert "2 of 22 samples left out" in caplog.text
+    assert "empty caption" in caplog.text
+
+
+def test_prompts_are_a_function_of_the_position(make_shards):
+    """The prompts of a batch are those drawn by hand from the same random words."""
+    loader = make_loader(make_shards(20, caption="a cat and a dog on sand near water {}"), num_prompts=2)
+    (batch,) = take(loader, 1)
+    words = sampling.draws(0, 0, 8)[:, sampling.TEXT_DRAW].tolist()
+    for sample, row, word in zip(loader._samples_at(0), batch.text_index, words, strict=True):
+        caption = f"a cat and a dog on sand near water {sample}"
+        expected = [caption, *text.draw_prompts(caption, 2, random.Random(word))]
+        assert torch.equal(batch.texts[row], text.tokenize(expected, batch.texts.shape[1]))
+
+
+def test_thread_and_files_are_gone_after_the_iterator(make_shards):
+    loader = make_loader(make_shards(20))
+    before = threading.active_count()
+    iterator = iter(loader)
+    next(iterator)
+    assert any(thread.name == "train-loader" for thread in threading.enumerate())
+    iterator.close()
+    assert threading.active_count() == before
+    assert loader.reader._handles == {}
+
+
+def test_epochs_do_not_leak(make_shards):
+    """Many epochs of a small set keep the number of files, threads and orders where they were."""
+    loader = make_loader(make_shards(16), image_size=8)
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(100):
+        next(iterator)
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert threading.active_count() == threads
+    assert len(loader._orders) <= 2
+    iterator.close()
+
+
+def test_fault_of_the_worker_reaches_the_training_thread(make_shards):
+    shards = make_shards(20)
+    loader = make_loader(shards)
+    os.truncate(shards[0], 2048)
+    with pytest.raises(UserError, match="became shorter"):
+        take(loader, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch size"),
+        ({"batch_size": 21}, "20 usable samples, fewer than one step of 21"),
+        ({"batch_size": 8, "world_size": 3}, "one step of 24"),
+        ({"min_crop": 0.0}, "min_crop"),
+        ({"rank": 1}, "rank 1"),
+        ({"prompt_templates": "nouns"}, "prompt templates 'nouns'"),
+        ({"num_prompts": 1, "noun_tags": "verbs"}, "noun tags 'verbs'"),
+    ],
+)
+def test_bad_options_are_refused_at_once(make_shards, options, message):
+    with pytest.raises(UserError, match=message):
+        make_loader(make_shards(20), **options)
