@@ -1,4 +1,4 @@
-"""Zero-shot segmentation: class prompts, protocols, the reference and the fast path, datasets, scores, pictures."""
+"""Zero-shot segmentation: prompts, protocols, the reference and the fast path, datasets, scores, pictures."""
 
 from groupvit_fast.segmentation.datasets import SegmentationDataset, VocFolder, open_dataset
 from groupvit_fast.segmentation.evaluation import evaluate

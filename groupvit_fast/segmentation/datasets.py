@@ -58,7 +58,9 @@ class SegmentationDataset:
 
     def __init__(self, name: str, root: Path | str, layout: Layout, class_names: list[str]) -> None:
         if len(class_names) > MAX_CLASSES:
-            raise UserError(f"dataset {name}: {len(class_names)} classes; 8-bit masks hold at most {MAX_CLASSES}")
+            raise UserError(
+                f"dataset {name}: {len(class_names)} classes; 8-bit masks hold at most {MAX_CLASSES}"
+            )
         self.name = name
         self.root = Path(root)
         self.layout = layout
@@ -97,8 +99,8 @@ class SegmentationDataset:
         wrong = (labels == _OUT_OF_RANGE) | (values > 255) | (values < 0)
         if wrong.any():
             raise UserError(
-                f"{item.mask}: mask value {values[wrong].flat[0]} is out of range for {len(self.class_names)} "
-                f"classes; check the class list of dataset {self.name}"
+                f"{item.mask}: mask value {values[wrong].flat[0]} is out of range for "
+                f"{len(self.class_names)} classes; check the class list of dataset {self.name}"
             )
         return labels
 
@@ -141,7 +143,7 @@ DATASETS = ("voc-folder", *BENCHMARKS)
 
 
 def open_dataset(name: str, root: Path | str) -> SegmentationDataset:
-    """The dataset called `name` in the folder `root`; an unknown name is an error that tells the nearest one."""
+    """The dataset called `name` in the folder `root`; an unknown name is an error with the nearest one."""
     if name == "voc-folder":
         return VocFolder(root)
     if name not in BENCHMARKS:
@@ -186,7 +188,10 @@ def _list_items(name: str, root: Path, layout: Layout) -> list[Item]:
         keys = sorted(path.relative_to(images).as_posix().removesuffix(layout.image_suffix) for path in found)
         if not keys:
             raise UserError(f"dataset {name}: no *{layout.image_suffix} in {images}")
-    return [Item(key, images / f"{key}{layout.image_suffix}", masks / f"{key}{layout.mask_suffix}") for key in keys]
+    return [
+        Item(key, images / f"{key}{layout.image_suffix}", masks / f"{key}{layout.mask_suffix}")
+        for key in keys
+    ]
 
 
 def _read_split(name: str, path: Path) -> list[str]:

@@ -1,17 +1,16 @@
-"""The fast path: the labels of `segment_image` for many images, without score maps of every class.
+"""Decoding without score maps of every class: from encoded windows to the labels of the original image.
 
 A pixel's scores depend only on which group it has in each window that covers it, so an image has few distinct
 score rows (8 for one window, 8 x 8 where two overlap). They are computed once each; a pixel of the original
 image whose four bilinear neighbours share a row takes that row's label, and only the pixels on region borders
 blend rows. Equal to the reference up to the rounding of that blend; the tests hold 99.99 % of pixels.
 
-Where an image is one window of its own size there is nothing to blend: one call of `ops.decode_masks` gives the
-groups of a whole batch, and each group has one label.
+Where an image is one window of its own size there is nothing to blend: one call of `ops.decode_masks` gives
+the groups of a whole batch, and each group has one label.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -20,24 +19,13 @@ import torch
 from torch import Tensor
 
 from groupvit_fast import ops
-from groupvit_fast.console import UserError
-from groupvit_fast.segmentation.prompts import ClassText
 from groupvit_fast.segmentation.protocols import Protocol
-from groupvit_fast.segmentation.segment import (
-    Box,
-    group_class_scores,
-    learnt_scale,
-    low_resolution_maps,
-    normalise,
-    resize_image,
-    resized_size,
-    window_boxes,
-)
+from groupvit_fast.segmentation.segment import Box
 
 ROWS_PER_CELL = 4096
 """Where overlapping windows could give more score rows than this, only those that occur are kept."""
 PIXELS_PER_BLEND = 1 << 16
-PIXELS_PER_FORWARD = 1 << 21
+PIXELS_PER_BAND = 1 << 20
 
 
 class Segmentation(NamedTuple):
@@ -54,74 +42,19 @@ class Segmentation(NamedTuple):
     num_groups: int
 
 
+class Taps(NamedTuple):
+    """Bilinear interpolation along one axis: two source positions and the weight of the second, each [n]."""
+
+    first: Tensor
+    second: Tensor
+    weight: Tensor
+
+
 class Window(NamedTuple):
     """What decoding needs of one encoded window: maps [G, h', w'] at patch resolution, scores [G, K]."""
 
     maps: Tensor
     scores: Tensor
-
-
-@torch.no_grad()
-def segment_batch(
-    model: torch.nn.Module, images: Sequence[Tensor], text: ClassText, protocol: Protocol
-) -> list[Segmentation]:
-    """`segment_image` for a list of images (uint8 [H, W, 3]) on the model's device, windows batched.
-
-    The result holds the same labels; see the module's docstring for what "same" means.
-    """
-    device = next(model.parameters()).device
-    pixels = [normalise(resize_image(image.to(device), protocol)) for image in images]
-    boxes = [window_boxes(*item.shape[-2:], protocol) for item in pixels]
-    windows = encode_windows(model, pixels, boxes, text, protocol)
-    results: list[Segmentation | None] = [None] * len(images)
-    single: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, image in enumerate(images):
-        size = tuple(image.shape[:2])
-        if len(boxes[index]) == 1 and size == tuple(pixels[index].shape[-2:]):
-            single[size].append(index)
-        else:
-            results[index] = decode_windows(windows[index], boxes[index], size, protocol)
-    for size, members in single.items():
-        decoded = decode_single_windows([windows[index][0] for index in members], size, protocol)
-        for index, segmentation in zip(members, decoded, strict=True):
-            results[index] = segmentation
-    return results
-
-
-def check_size(height: int, width: int, protocol: Protocol, patch_size: int) -> None:
-    """Refuse an image that would be thinner than one patch after resizing."""
-    size = resized_size(height, width, protocol)
-    if min(size) < patch_size:
-        raise UserError(
-            f"{width} x {height} pixels become {size[1]} x {size[0]} under protocol {protocol.name}, less than "
-            f"one patch of {patch_size}; crop the image"
-        )
-
-
-def encode_windows(
-    model: torch.nn.Module,
-    pixels: Sequence[Tensor],
-    boxes: Sequence[Sequence[Box]],
-    text: ClassText,
-    protocol: Protocol,
-) -> list[list[Window]]:
-    """Encode the windows of all images, those of one size together, each exactly once."""
-    by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for index, image_boxes in enumerate(boxes):
-        for number, box in enumerate(image_boxes):
-            by_size[box.bottom - box.top, box.right - box.left].append((index, number))
-    windows: list[list[Window | None]] = [[None] * len(image_boxes) for image_boxes in boxes]
-    scale = learnt_scale(model)
-    for (height, width), members in by_size.items():
-        count = max(1, PIXELS_PER_FORWARD // (height * width))
-        for start in range(0, len(members), count):
-            part = members[start : start + count]
-            crops = [pixels[index][(slice(None), *boxes[index][number].slices())] for index, number in part]
-            encoding = model.encode_groups(torch.stack(crops))
-            scores = group_class_scores(encoding, text, protocol, scale)
-            for (index, number), *window in zip(part, low_resolution_maps(encoding).float(), scores, strict=True):
-                windows[index][number] = Window(*window)
-    return windows
 
 
 def decode_single_windows(
@@ -221,7 +154,9 @@ def nearest_windows(members: list[Tensor], boxes: Sequence[Box], num_groups: int
     for top, bottom, first in territories([(box.top, box.bottom) for box in boxes]):
         for left, right, second in territories([(box.left, box.right) for box in boxes]):
             index = next(
-                i for i, box in enumerate(boxes) if (box.top, box.bottom, box.left, box.right) == first + second
+                i
+                for i, box in enumerate(boxes)
+                if (box.top, box.bottom, box.left, box.right) == first + second
             )
             box = boxes[index]
             part = members[index][top - box.top : bottom - box.top, left - box.left : right - box.left]
@@ -252,8 +187,19 @@ def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int]) -> 
     label_of_row = rows.argmax(dim=1)
     if tuple(row_of_pixel.shape) == tuple(size):
         return label_of_row[row_of_pixel]
-    top, bottom, weight_y = bilinear_taps(row_of_pixel.shape[0], size[0], rows)
-    left, right, weight_x = bilinear_taps(row_of_pixel.shape[1], size[1], rows)
+    vertical = bilinear_taps(row_of_pixel.shape[0], size[0], rows)
+    horizontal = bilinear_taps(row_of_pixel.shape[1], size[1], rows)
+    lines = max(1, PIXELS_PER_BAND // size[1])
+    bands = zip(*(part.split(lines) for part in vertical), strict=True)
+    return torch.cat([blend_band(row_of_pixel, rows, label_of_row, band, horizontal) for band in bands])
+
+
+def blend_band(
+    row_of_pixel: Tensor, rows: Tensor, label_of_row: Tensor, vertical: Taps, horizontal: Taps
+) -> Tensor:
+    """`resize_labels` for some output lines: look up where the four taps agree, blend where they differ."""
+    top, bottom, weight_y = vertical
+    left, right, weight_x = horizontal
     taps = [row_of_pixel[y][:, x] for y in (top, bottom) for x in (left, right)]
     labels = label_of_row[taps[0]]
     mixed = (taps[0] != taps[1]) | (taps[0] != taps[2]) | (taps[0] != taps[3])
@@ -265,9 +211,9 @@ def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int]) -> 
     return labels
 
 
-def bilinear_taps(source: int, wanted: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two source positions and the weight of the second for each of `wanted` outputs (align_corners=False)."""
+def bilinear_taps(source: int, wanted: int, like: Tensor) -> Taps:
+    """Where each of `wanted` outputs reads `source` inputs: the rule of align_corners=False."""
     position = (torch.arange(wanted, device=like.device, dtype=like.dtype) + 0.5) * (source / wanted) - 0.5
     position = position.clamp(min=0)
     first = position.long().clamp(max=source - 1)
-    return first, (first + 1).clamp(max=source - 1), position - first
+    return Taps(first, (first + 1).clamp(max=source - 1), position - first)

@@ -9,14 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from groupvit_fast.console import UserError
 from groupvit_fast.segmentation import metrics
+from groupvit_fast.segmentation.batch import check_size, segment_batch
 from groupvit_fast.segmentation.datasets import Item, SegmentationDataset
-from groupvit_fast.segmentation.decode import Segmentation, check_size, segment_batch
-from groupvit_fast.segmentation.prompts import ClassText, encode_classes
+from groupvit_fast.segmentation.decode import Segmentation
+from groupvit_fast.segmentation.pictures import Example, grid_picture
+from groupvit_fast.segmentation.prompts import ClassText, encode_classes, synonyms
 from groupvit_fast.segmentation.protocols import Protocol
 from groupvit_fast.segmentation.report import ClassResult, Evaluation
 
@@ -37,7 +41,7 @@ class Tally:
         self.groups_per_window = 0
 
     def add(self, segmentations: Sequence[Segmentation], targets: Sequence[Tensor], groups: int) -> None:
-        """Count a batch; the groups of all its images are numbered through, so that one pass counts them all."""
+        """Count a batch; the groups of all its images are numbered through, so one pass counts them all."""
         num_classes = len(self.confusion)
         counts = [item.num_groups for item in segmentations]
         offsets = torch.tensor([0, *counts]).cumsum(0).tolist()
@@ -67,6 +71,7 @@ def evaluate(
     batch_size: int = 64,
     limit: int | None = None,
     background_threshold: float | None = None,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Segment `dataset` with `model` (moved to `device`) under `protocol` and score the result.
@@ -75,8 +80,10 @@ def evaluate(
     limit: only the first images.
     background_threshold: instead of the protocol's own; refused where the dataset has no background.
 
-    Images that cannot be read are left out and listed in the result; none left is an error. The model's
-    training mode is restored afterwards.
+    strict: an image that cannot be used is an error; otherwise it is left out and listed in the result, and
+        only a dataset of which nothing is left is an error.
+
+    The model's training mode is restored afterwards.
     """
     protocol = resolve_protocol(model, dataset, protocol, background_threshold)
     items = dataset.items[:limit]
@@ -85,7 +92,9 @@ def evaluate(
     start = time.perf_counter()
     with evaluating(model.to(device)):
         text = encode_protocol_classes(model, dataset.foreground, protocol)
-        pairs = usable_pairs(read_ahead(dataset, items, 2 * batch_size), protocol, model, left_out)
+        pairs = usable_pairs(
+            read_ahead(dataset, items, 2 * batch_size), protocol, model, None if strict else left_out
+        )
         while batch := list(islice(pairs, batch_size)):
             segmentations = segment_batch(model, [image for image, _ in batch], text, protocol)
             tally.add(segmentations, [target for _, target in batch], model.config.image.output_groups[-1])
@@ -113,15 +122,13 @@ def resolve_protocol(
     )
 
 
-def encode_protocol_classes(
-    model: torch.nn.Module, entries: Sequence[str], protocol: Protocol
-) -> ClassText:
+def encode_protocol_classes(model: torch.nn.Module, entries: Sequence[str], protocol: Protocol) -> ClassText:
     """Text embeddings of class entries under a protocol; weights that give NaN are an error."""
-    text = encode_classes(
-        model, entries, protocol.templates, normalise_each=protocol.normalise_each_template
-    )
+    text = encode_classes(model, entries, protocol.templates, normalise_each=protocol.normalise_each_template)
     if not text.embeddings.isfinite().all():
-        raise UserError("the text encoder gives NaN: these weights are damaged or diverged; use another checkpoint")
+        raise UserError(
+            "the text encoder gives NaN: these weights are damaged or diverged; use another checkpoint"
+        )
     return text
 
 
@@ -167,18 +174,48 @@ def usable_pairs(
     pairs: Iterator[tuple[Item, tuple[Tensor, Tensor] | UserError]],
     protocol: Protocol,
     model: torch.nn.Module,
-    left_out: list[dict[str, str]],
+    left_out: list[dict[str, str]] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs that can be scored; the others are added to `left_out` with their reason."""
+    """The pairs that can be scored; the others go to `left_out` with their reason, or are raised if None."""
     for item, result in pairs:
         try:
             if isinstance(result, UserError):
                 raise result
             check_size(*result[1].shape, protocol, model.config.image.patch_size)
         except UserError as error:
+            if left_out is None:
+                raise
             left_out.append({"key": item.key, "reason": str(error)})
             continue
         yield result
+
+
+def examples_picture(
+    model: torch.nn.Module,
+    dataset: SegmentationDataset,
+    protocol: Protocol,
+    *,
+    count: int = 6,
+    device: torch.device | str = "cpu",
+    background_threshold: float | None = None,
+    title: str = "",
+) -> Image.Image:
+    """`input | truth | prediction | final groups` for images spread evenly over the dataset."""
+    protocol = resolve_protocol(model, dataset, protocol, background_threshold)
+    step = max(1, len(dataset) // count)
+    with evaluating(model.to(device)):
+        text = encode_protocol_classes(model, dataset.foreground, protocol)
+        pairs = usable_pairs(read_ahead(dataset, dataset.items[::step], count), protocol, model, [])
+        pairs = list(islice(pairs, count))
+        results = segment_batch(model, [image for image, _ in pairs], text, protocol)
+    examples = [
+        Example(
+            *(part.cpu().numpy().astype(np.int64) for part in (image, result.labels, result.groups, target))
+        )
+        for (image, target), result in zip(pairs, results, strict=True)
+    ]
+    names = [synonyms(entry)[0] for entry in dataset.class_names]
+    return grid_picture(examples, names, background=dataset.background, title=title)
 
 
 def summarise(
@@ -198,7 +235,9 @@ def summarise(
         (confusion.sum(dim=1) / total).tolist(),
         (confusion.sum(dim=0) / total).tolist(),
     )
-    results = [ClassResult(name.split("|")[0], *row) for name, *row in zip(dataset.class_names, *columns, strict=True)]
+    results = [
+        ClassResult(synonyms(name)[0], *row) for name, *row in zip(dataset.class_names, *columns, strict=True)
+    ]
     return Evaluation(
         dataset=dataset.name,
         images=tally.images,

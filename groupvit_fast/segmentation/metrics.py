@@ -31,14 +31,20 @@ def joint_histogram(rows: Tensor, columns: Tensor, num_rows: int, num_columns: i
     """Count pairs of labels: int64 [num_rows, num_columns]; pixels where `rows` is 255 do not count."""
     if rows.shape != columns.shape:
         raise ValueError(f"label maps differ in size: {list(rows.shape)} and {list(columns.shape)}")
+    rows, columns = rows.long(), columns.long()
+    ignored = rows == IGNORE
+    _require_range(torch.where(ignored, 0, rows), num_rows)
+    _require_range(columns, num_columns)
     # Ignored pixels go to a row of their own, which is cheaper than picking the others out.
-    rows, columns = torch.where(rows == IGNORE, num_rows, rows.long()), columns.long()
-    for labels, allowed in ((rows, num_rows), (columns, num_columns - 1)):
-        low, high = (int(value) for value in labels.aminmax()) if labels.numel() else (0, 0)
-        if low < 0 or high > allowed:
-            raise ValueError(f"labels must be 0 to {num_columns - 1}, got {low} to {high}")
-    counts = torch.bincount((rows * num_columns + columns).flatten(), minlength=(num_rows + 1) * num_columns)
+    pairs = torch.where(ignored, num_rows, rows) * num_columns + columns
+    counts = torch.bincount(pairs.flatten(), minlength=(num_rows + 1) * num_columns)
     return counts.view(num_rows + 1, num_columns)[:num_rows]
+
+
+def _require_range(labels: Tensor, count: int) -> None:
+    low, high = (int(value) for value in labels.aminmax()) if labels.numel() else (0, 0)
+    if low < 0 or high >= count:
+        raise ValueError(f"labels must be 0 to {count - 1}, got {low} to {high}")
 
 
 def class_iou(confusion: Tensor) -> Tensor:
@@ -76,7 +82,7 @@ def largest_class_confusion(confusion: Tensor) -> Tensor:
 def group_histograms(
     target: Tensor, prediction: Tensor, groups: Tensor, num_groups: int, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Labelled pixels of one image by group and true class, and by group and predicted class: int64 [N, K]."""
+    """Labelled pixels by group and true class, and by group and predicted class: two int64 [N, K]."""
     truth = joint_histogram(target, groups, num_classes, num_groups).T
     named = prediction.masked_fill(target == IGNORE, IGNORE)
     return truth, joint_histogram(named, groups, num_classes, num_groups).T

@@ -7,62 +7,34 @@ repeating pixels, so that a small image stays honest about its resolution.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from groupvit_fast.segmentation.colours import class_colours, group_colours
+
 PAPER = (255, 255, 255)
 INK = (32, 33, 36)
 QUIET = (110, 114, 120)
-BACKGROUND_COLOUR = (70, 72, 78)
 TILE = 208
 GAP = 8
 MARGIN = 20
-GOLDEN_ANGLE = 137.508
 TITLES = ("input", "truth", "prediction", "final groups")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the grid: image uint8 [H, W, 3] and label maps [H, W]; truth may be missing (255: no label)."""
+    """One row of the grid: image uint8 [H, W, 3] and label maps [H, W]; 255 in the truth is no label."""
 
     image: np.ndarray
     prediction: np.ndarray
     groups: np.ndarray
     truth: np.ndarray | None = None
-
-
-def class_colours(count: int, *, background: bool = False) -> np.ndarray:
-    """Clearly different, equally strong colours, uint8 [count, 3]; with `background` the first is grey.
-
-    Hues step by the golden angle, which never repeats; lightness takes three levels in turn.
-    """
-    colours = _lch_colours(count - background, (0.68, 0.56, 0.80), 0.155, start=25.0)
-    return np.concatenate([np.array([BACKGROUND_COLOUR], np.uint8), colours]) if background else colours
-
-
-def group_colours(count: int) -> np.ndarray:
-    """Paler colours of other hues than `class_colours`: a group is not a class."""
-    return _lch_colours(count, (0.82, 0.66, 0.90, 0.50), 0.085, start=230.0)
-
-
-def _lch_colours(count: int, levels: Sequence[float], chroma: float, start: float) -> np.ndarray:
-    """OKLCH colours to sRGB: equal steps there look equal (B. Ottosson, 2020)."""
-    index = np.arange(count)
-    hue = np.deg2rad(start + GOLDEN_ANGLE * index)
-    lightness = np.array(levels)[index % len(levels)]
-    a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
-    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
-    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
-    red = 4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short
-    green = -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short
-    blue = -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short
-    linear = np.stack([red, green, blue], axis=-1).clip(0, 1)
-    gamma = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return (gamma * 255).round().astype(np.uint8)
 
 
 def paint(labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -80,7 +52,9 @@ def borders(labels: np.ndarray, width: int = 1) -> np.ndarray:
             before = [(0, 0), (0, 0)]
             before[axis] = (0, 1)
             shifted = np.pad(change, before)
-            edge |= np.roll(shifted, -step, axis) | np.roll(np.pad(change, [p[::-1] for p in before]), step, axis)
+            edge |= np.roll(shifted, -step, axis) | np.roll(
+                np.pad(change, [p[::-1] for p in before]), step, axis
+            )
     return edge
 
 
@@ -135,7 +109,9 @@ def deepest_point(mask: np.ndarray) -> tuple[int, int, int]:
     return int(rows[middle]) - 1, int(columns[middle]) - 1, depth
 
 
-def write_names(picture: Image.Image, labels: np.ndarray, names: Sequence[str], *, text_size: int = 14) -> None:
+def write_names(
+    picture: Image.Image, labels: np.ndarray, names: Sequence[str], *, text_size: int = 14
+) -> None:
     """Write each label's name onto its region, in place; regions too small for the name get none.
 
     labels: [h, w], any size with the picture's proportions; names[k] belongs to label k, "" is not written.
@@ -179,7 +155,12 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int, *, text_size: 
 
 
 def labelled_overlay(
-    image: np.ndarray, labels: np.ndarray, names: Sequence[str], *, background: bool = False, min_side: int = 480
+    image: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    background: bool = False,
+    min_side: int = 480,
 ) -> Image.Image:
     """The picture of one segmented photo: overlay, names on the regions, legend of the classes that occur.
 
@@ -235,14 +216,25 @@ def grid_picture(
         for column, part in enumerate(_tiles(item, names, colours, titles, background, tile)):
             x = left + column * (tile + GAP)
             if index < across:
-                draw.text((x, head + 10), titles[column], font=ImageFont.load_default(size=15), anchor="lm", fill=QUIET)
+                draw.text(
+                    (x, head + 10),
+                    titles[column],
+                    font=ImageFont.load_default(size=15),
+                    anchor="lm",
+                    fill=QUIET,
+                )
             picture.paste(part, (x + (tile - part.width) // 2, top + (tile - part.height) // 2))
     picture.paste(key, (MARGIN, height - MARGIN // 2 - key.height))
     return picture
 
 
 def _tiles(
-    item: Example, names: Sequence[str], colours: np.ndarray, titles: Sequence[str], background: bool, tile: int
+    item: Example,
+    names: Sequence[str],
+    colours: np.ndarray,
+    titles: Sequence[str],
+    background: bool,
+    tile: int,
 ) -> list[Image.Image]:
     """The pictures of one example, none larger than `tile` on a side, in the order of `titles`."""
     factor = tile / max(item.image.shape[:2])
@@ -261,3 +253,25 @@ def _tiles(
     palette = group_colours(int(item.groups.max()) + 1)
     parts["final groups"] = Image.fromarray(overlay(photo, groups, palette, opacity=0.75))
     return [parts[title] for title in titles]
+
+
+def mask_picture(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
+    """Labels as a palette image whose indices are the labels; above 256 labels a 16-bit grey image."""
+    if len(colours) > 256:
+        return Image.fromarray(labels.astype(np.uint16))
+    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
+    picture.putpalette(colours.tobytes())
+    return picture
+
+
+def save_atomically(picture: Image.Image, path: Path) -> None:
+    """Write a PNG so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, format="PNG")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

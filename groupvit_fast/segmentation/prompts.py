@@ -11,9 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupvit_fast.console import UserError
+from groupvit_fast.data.prompts import PROMPT_TEMPLATES
 from groupvit_fast.data.text import tokenize
 
 BACKGROUND = "background"
+
+TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
+    "noun": ("{}",),
+    "simple": ("a photo of a {}.",),
+    "subset": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+    "clip": PROMPT_TEMPLATES,
+}
+"""Named sets of sentences; `subset` is the choice of seven that CLIP's authors found to be enough."""
 
 
 class ClassText(NamedTuple):
@@ -84,7 +101,7 @@ def synonyms(entry: str) -> list[str]:
 def class_embeddings(
     model: torch.nn.Module,
     names: Sequence[str],
-    templates: Sequence[str] = ("a photo of a {}.",),
+    templates: Sequence[str] = TEMPLATE_SETS["simple"],
     *,
     normalise_each: bool = False,
     batch_size: int = 256,
@@ -108,7 +125,9 @@ def class_embeddings(
 def encode_classes(
     model: torch.nn.Module, entries: Sequence[str], templates: Sequence[str], *, normalise_each: bool = False
 ) -> ClassText:
-    """Embed class entries with their synonyms; background is a rule, not a text, and must not be among them."""
+    """Embed class entries with their synonyms; background is a rule, not a text: leave it out."""
     names = [(name, index) for index, entry in enumerate(entries) for name in synonyms(entry)]
-    embeddings = class_embeddings(model, [name for name, _ in names], templates, normalise_each=normalise_each)
+    embeddings = class_embeddings(
+        model, [name for name, _ in names], templates, normalise_each=normalise_each
+    )
     return ClassText(embeddings, torch.tensor([index for _, index in names], device=embeddings.device))

@@ -33,7 +33,7 @@ class Protocol:
     normalise_each_template: bool = False
     """Normalise every sentence before averaging over templates, instead of averaging raw projections."""
     class_scores: str = "gated"
-    """`gated`: softmax over all classes times softmax over the window's `top_k`; `softmax`: the first only."""
+    """`gated`: softmax over all classes x softmax over the window's `top_k`; `softmax`: only the first."""
     top_k: int | None = 5
     """Classes that a window keeps, by its mean feature; None: all."""
     logit_scale: float | None = None
@@ -48,7 +48,9 @@ class Protocol:
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
-        _require(self.class_scores in CLASS_SCORES, "class_scores", self.class_scores, " or ".join(CLASS_SCORES))
+        _require(
+            self.class_scores in CLASS_SCORES, "class_scores", self.class_scores, " or ".join(CLASS_SCORES)
+        )
         _require(self.background_rule in BACKGROUND_RULES, "background_rule", self.background_rule,
                  " or ".join(BACKGROUND_RULES))  # fmt: skip
         for knob in ("short_side", "long_side", "top_k"):
@@ -74,8 +76,8 @@ class Protocol:
         """
         if threshold is not None and not background:
             raise UserError(
-                f"dataset {dataset} has no background class, so a background threshold ({threshold:g}) would only "
-                "produce errors; leave --background-threshold out"
+                f"dataset {dataset} has no background class, so a background threshold ({threshold:g}) would "
+                "only produce errors; leave --background-threshold out"
             )
         if background and threshold is None:
             threshold = self.background_thresholds.get(dataset)
@@ -88,7 +90,7 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """Every knob, JSON-able."""
-        return {**asdict(self), "templates": list(self.templates), "background_thresholds": dict(self.background_thresholds)}  # fmt: skip
+        return {**asdict(self), "templates": list(self.templates)}
 
     def explain(self) -> str:
         """The steps in words, with this protocol's numbers."""
@@ -100,7 +102,8 @@ class Protocol:
     def _explain_resize(self) -> str:
         size = "the model's training size" if self.short_side is None else f"{self.short_side} px"
         limit = "" if self.long_side is None else f", long side at most {self.long_side} px"
-        return f"resize to short side {size}{limit}; bilinear without antialias, rounded to 8 bits; ImageNet mean/std"
+        how = "bilinear without antialias, in 8 bits as OpenCV does; then ImageNet mean/std"
+        return f"resize to short side {size}{limit}; {how}"
 
     def _explain_windows(self) -> str:
         if self.mode == "whole":
@@ -121,13 +124,18 @@ class Protocol:
         softmax = f"score of a class for a group = softmax over classes of {scale} x cosine"
         if self.class_scores == "softmax":
             return softmax
-        kept = "all classes" if self.top_k is None else f"the {self.top_k} best classes of the window's mean feature"
+        kept = (
+            "all classes"
+            if self.top_k is None
+            else f"the {self.top_k} best classes of the window's mean feature"
+        )
         return f"{softmax}, times the same softmax over {kept} only"
 
     def _explain_background(self) -> str:
         if self.background_threshold is None:
             thresholds = ", ".join(f"{key} {value:g}" for key, value in self.background_thresholds.items())
-            return f"background: none unless the dataset has one{f' (thresholds: {thresholds})' if thresholds else ''}"
+            known = f" (thresholds: {thresholds})" if thresholds else ""
+            return f"background: none unless the dataset has one{known}"
         if self.background_rule == "constant":
             return f"background has the score {self.background_threshold:g} everywhere"
         return (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from groupvit_fast.console import UserError
 
 BAR_WIDTH = 20
 
@@ -56,10 +58,26 @@ class Evaluation:
         """JSON-able; an undefined number (NaN) is None."""
         return _without_nan(asdict(self))
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Evaluation:
+        """The inverse of `to_json`; keys that are not ours are passed over, a missing one is an error."""
+        values = {item.name: values.get(item.name, KeyError) for item in fields(cls)}
+        missing = [name for name, value in values.items() if value is KeyError]
+        if missing:
+            raise UserError(f"not an evaluation result: {missing[0]} is missing; write one with --json")
+        results = [
+            ClassResult(**{key: _nan(item) for key, item in row.items()}) for row in values["per_class"]
+        ]
+        numbers = {name: _nan(value) for name, value in values.items()}
+        lists = {name: tuple(values[name]) for name in ("confusion", "left_out")}
+        return cls(**{**numbers, **lists, "per_class": tuple(results)})
+
     def table(self, before: Evaluation | None = None) -> str:
         """A text table for a terminal; with `before`, its mIoU and IoUs stand beside this one's."""
         scored = f"{self.images} images" + (f", {len(self.left_out)} left out" if self.left_out else "")
-        title = f"{self.dataset}: {scored}, protocol {self.protocol['name']}, {self.images_per_s:.0f} images/s"
+        title = (
+            f"{self.dataset}: {scored}, protocol {self.protocol['name']}, {self.images_per_s:.0f} images/s"
+        )
         return "\n".join([title, "", *self._class_lines(before), "", *self._summary_lines(before)])
 
     def _class_lines(self, before: Evaluation | None) -> list[str]:
@@ -70,8 +88,8 @@ class Evaluation:
         for result in self.per_class:
             previous = f"{_number(old.get(result.name, math.nan)):>6}  " if before else ""
             lines.append(
-                f"{result.name:<{width}}  {previous}{_number(result.iou):>6}  {bar(result.iou):<{BAR_WIDTH}}  "
-                f"{result.share:>7.1%}  {result.predicted_share:>8.1%}"
+                f"{result.name:<{width}}  {previous}{_number(result.iou):>6}  {bar(result.iou):<{BAR_WIDTH}}"
+                f"  {result.share:>7.1%}  {result.predicted_share:>8.1%}"
             )
         return lines
 
@@ -99,6 +117,10 @@ def bar(value: float) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _nan(value: Any) -> Any:
+    return math.nan if value is None else value
 
 
 def _without_nan(value: Any) -> Any:

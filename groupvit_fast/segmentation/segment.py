@@ -19,9 +19,10 @@ from torch import Tensor
 from groupvit_fast import ops
 from groupvit_fast.segmentation.prompts import ClassText
 from groupvit_fast.segmentation.protocols import Protocol
+from groupvit_fast.segmentation.resize import resize_photo
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 """ImageNet statistics of red, green and blue, values 0-1: what the models were trained with."""
 
 
@@ -44,7 +45,7 @@ def segment_image(model: torch.nn.Module, image: Tensor, text: ClassText, protoc
     Returns: int64 [H, W]; class k is label k, or, where `protocol.background_threshold` is set, label k + 1
     with label 0 for background. `protocol` must have been resolved; the model must be in eval mode.
     """
-    pixels = normalise(resize_image(image, protocol))
+    pixels = prepare(image, protocol)
     height, width = pixels.shape[-2:]
     channels = text.num_classes + (protocol.background_threshold is not None)
     total = pixels.new_zeros(channels, height, width)
@@ -66,24 +67,12 @@ def resized_size(height: int, width: int, protocol: Protocol) -> tuple[int, int]
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def resize_image(image: Tensor, protocol: Protocol) -> Tensor:
-    """Resize uint8 [H, W, 3] to float32 [3, h, w] with values 0-255.
-
-    Bilinear without antialias, the sampling rule of cv2.INTER_LINEAR, which the released evaluation uses.
-    The result is rounded to whole numbers as there; cv2 computes with 11-bit weights, so single values may
-    differ by one. An antialiased resize (Pillow's) would give other labels.
-    """
-    pixels = image.permute(2, 0, 1).float()
-    size = resized_size(*image.shape[:2], protocol)
-    if size == tuple(pixels.shape[-2:]):
-        return pixels
-    return F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0].round()
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """Subtract the ImageNet mean and divide by its deviation; `pixels` [..., 3, h, w] in 0-255."""
-    mean = torch.tensor(IMAGE_MEAN, device=pixels.device).view(3, 1, 1) * 255
-    std = torch.tensor(IMAGE_STD, device=pixels.device).view(3, 1, 1) * 255
+def prepare(image: Tensor, protocol: Protocol) -> Tensor:
+    """uint8 [H, W, 3] to the float32 [3, h, w] that the model takes: resized and normalised."""
+    pixels = resize_photo(image, resized_size(*image.shape[:2], protocol))
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return (pixels - mean) / std
 
 
@@ -156,7 +145,7 @@ def group_class_scores(encoding: NamedTuple, text: ClassText, protocol: Protocol
 
 
 def best_classes(mean_logits: Tensor, text: ClassText, top_k: int | None) -> Tensor:
-    """bool [B, N]: the names of the `top_k` classes whose best name scores highest in `mean_logits` [B, N]."""
+    """bool [B, N]: the names of the `top_k` classes whose best name scores highest in `mean_logits`."""
     classes = best_name_of_class(mean_logits.softmax(dim=-1), text)
     kept = torch.zeros_like(classes, dtype=torch.bool)
     count = min(top_k or text.num_classes, text.num_classes)

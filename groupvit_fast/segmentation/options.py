@@ -1,0 +1,93 @@
+"""Flags that `evaluate` and `segment` share: the protocol and its knobs, and checks of output paths."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from groupvit_fast.console import UserError
+from groupvit_fast.model import load_model
+from groupvit_fast.model.presets import ModelConfig
+from groupvit_fast.segmentation.prompts import TEMPLATE_SETS
+from groupvit_fast.segmentation.protocols import MODES, PROTOCOLS, Protocol, protocol
+
+SMALL_MODEL = 128
+"""Models trained on smaller images than this are evaluated whole and at that size unless told otherwise."""
+
+
+def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --protocol and a flag for each knob that people tune."""
+    group = parser.add_argument_group(
+        "protocol", "how an image becomes labels; knobs override the named protocol"
+    )
+    group.add_argument(
+        "--protocol",
+        default="auto",
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)}; auto (default): shapes for models of less than {SMALL_MODEL} px, "
+        "else official",
+    )
+    group.add_argument(
+        "--templates",
+        nargs="+",
+        metavar="TEXT",
+        help=f'sentences such as "a photo of a {{}}." or a set: {", ".join(TEMPLATE_SETS)}',
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="classes a window keeps; 0: all")
+    group.add_argument("--short-side", type=int, metavar="PX", help="resize images to this short side")
+    group.add_argument("--mode", choices=MODES, help="one window, or sliding windows")
+    group.add_argument("--crop", type=int, metavar="PX", help="side of a sliding window")
+    group.add_argument("--stride", type=int, metavar="PX", help="distance of sliding windows")
+    group.add_argument(
+        "--logit-scale", type=float, metavar="X", help="factor on cosines instead of the learnt one"
+    )
+
+
+def protocol_from_flags(args: argparse.Namespace, config: ModelConfig | None = None) -> Protocol:
+    """The protocol that the flags describe; `config` decides what `auto` means."""
+    name = args.protocol
+    if name == "auto":
+        small = config is not None and config.image.image_size < SMALL_MODEL
+        name = "shapes" if small else "official"
+    knobs = ("short_side", "mode", "crop", "stride", "logit_scale")
+    changes = {knob: getattr(args, knob) for knob in knobs if getattr(args, knob) is not None}
+    if args.templates:
+        changes["templates"] = parse_templates(args.templates)
+    if args.top_k is not None:
+        changes["top_k"] = args.top_k or None
+    chosen = protocol(name)
+    return replace(chosen, **changes, name=f"{name} (changed)") if changes else chosen
+
+
+def parse_templates(texts: list[str]) -> tuple[str, ...]:
+    """Sentences with {} and names of template sets, in order, to sentences."""
+    return tuple(sentence for text in texts for sentence in TEMPLATE_SETS.get(text, (text,)))
+
+
+def load_checkpoint(path: Path, device: str) -> torch.nn.Module:
+    """`load_model` with its complaints as one line for the user."""
+    try:
+        return load_model(path, device=device).eval()
+    except (ValueError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        message = lines[0] if str(path) in lines[0] else f"{path}: {lines[0]}"
+        raise UserError(message) from error
+
+
+def require_writable(path: Path | None, *, folder: bool = False) -> None:
+    """Complain about an output path that cannot be written before any work is done; None passes."""
+    if path is None:
+        return
+    if path.exists() and path.is_dir() != folder:
+        raise UserError(f"{path}: is {'not ' if folder else ''}a folder; choose another output path")
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not (parent.is_dir() or parent == path):
+        raise UserError(f"{path}: {parent} is not a folder; choose another output path")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{path}: no permission to write in {parent}; choose another output path")

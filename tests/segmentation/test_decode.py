@@ -1,0 +1,149 @@
+"""The fast path gives the labels of the reference: 99.99 % of all pixels over many models and layouts."""
+
+import numpy as np
+import pytest
+import torch
+
+from groupvit_fast.segmentation import decode, protocol, segment_image
+from groupvit_fast.segmentation.batch import segment_batch
+from groupvit_fast.segmentation.decode import Taps, resize_nearest, territories
+from groupvit_fast.segmentation.prompts import encode_classes
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+LAYOUTS = {
+    "one window of the image's size": {"mode": "whole", "short_side": 32},
+    "one window, resized": {"mode": "whole", "short_side": 40},
+    "two overlapping windows": {"crop": 32, "stride": 16, "short_side": 32},
+    "windows in both directions": {"crop": 24, "stride": 12, "short_side": 40},
+    "windows side by side": {"crop": 16, "stride": 16, "short_side": 48},
+    "many windows on a pixel": {"crop": 24, "stride": 7, "short_side": 36},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("background", [None, "capped", "constant"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_labels_as_the_reference(tools, layout, background, device):
+    rng = np.random.default_rng(len(layout))
+    pixels = different = 0
+    seen = set()
+    for seed in range(4):
+        groups, classes = int(rng.integers(1, 12)), int(rng.integers(1, 30))
+        model = tools.FakeModel(groups, seed=seed).eval().to(device)
+        chosen = tools.replace(protocol("official"), **LAYOUTS[layout])
+        if background:
+            chosen = tools.replace(chosen, background_rule=background, background_threshold=0.15)
+        text = encode_classes(model, [f"thing {k}|object {k}" for k in range(classes)], chosen.templates)
+        sizes = [(32, 32), *((int(h), int(w)) for h, w in rng.integers(20, 90, (4, 2)))]
+        images = [torch.tensor(tools.blobs(*size, rng)) for size in sizes]
+        for image, result in zip(images, segment_batch(model, images, text, chosen), strict=True):
+            reference = segment_image(model, image.to(device), text, chosen)
+            assert result.labels.shape == result.groups.shape == image.shape[:2]
+            assert result.groups.min() >= 0
+            assert result.groups.max() < result.num_groups
+            pixels += reference.numel()
+            different += (reference != result.labels).sum().item()
+            seen |= set(reference.unique().tolist())
+    assert len(seen) >= 3
+    assert different <= 1e-4 * pixels
+
+
+def test_few_and_many_score_rows_agree(tools, monkeypatch):
+    """Listing combinations by occurrence is another branch than listing them all."""
+    model = tools.FakeModel().eval()
+    chosen = tools.replace(protocol("official"), crop=24, stride=5, short_side=36)
+    text = encode_classes(model, list("abcdefg"), chosen.templates)
+    image = torch.tensor(tools.blobs(50, 70, np.random.default_rng(0)))
+    calls = []
+    unique = torch.unique
+    monkeypatch.setattr(torch, "unique", lambda *args, **more: calls.append(1) or unique(*args, **more))
+    monkeypatch.setattr(decode, "ROWS_PER_CELL", 10**9)
+    few = segment_batch(model, [image], text, tools.replace(chosen, stride=12))[0]
+    assert not calls
+    monkeypatch.setattr(decode, "ROWS_PER_CELL", 0)
+    many = segment_batch(model, [image], text, tools.replace(chosen, stride=12))[0]
+    assert calls
+    assert torch.equal(few.labels, many.labels)
+
+
+def test_every_window_is_encoded_once(tools):
+    model = tools.FakeModel().eval()
+    chosen = tools.replace(protocol("official"), crop=32, stride=16, short_side=32)
+    text = encode_classes(model, ["a", "b"], chosen.templates)
+    images = [torch.zeros(32, width, 3, dtype=torch.uint8) for width in (32, 48, 64, 65)]
+    segment_batch(model, images, text, chosen)
+    assert model.windows_encoded == 1 + 2 + 3 + 4
+
+
+def test_a_big_output_is_cut_into_bands(tools, monkeypatch):
+    model = tools.FakeModel().eval()
+    chosen = tools.replace(protocol("official"), mode="whole", short_side=32)
+    text = encode_classes(model, list("abcdefg"), chosen.templates)
+    image = torch.tensor(tools.blobs(90, 70, np.random.default_rng(1)))
+    whole = segment_batch(model, [image], text, chosen)[0]
+    monkeypatch.setattr(decode, "PIXELS_PER_BAND", 7 * 70)
+    monkeypatch.setattr(decode, "PIXELS_PER_BLEND", 11)
+    assert torch.equal(segment_batch(model, [image], text, chosen)[0].labels, whole.labels)
+
+
+def test_groups_of_one_window_are_the_strongest_ones(tools):
+    model = tools.FakeModel().eval()
+    chosen = tools.replace(protocol("official"), mode="whole", short_side=32)
+    text = encode_classes(model, ["a", "b"], chosen.templates)
+    image = torch.tensor(tools.blobs(32, 32, np.random.default_rng(2)))
+    result = segment_batch(model, [image], text, chosen)[0]
+    assert result.num_groups == 6
+    assert len(result.groups.unique()) > 1
+    # One label per group: the pixels of a group never disagree.
+    for group in result.groups.unique():
+        assert len(result.labels[result.groups == group].unique()) == 1
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([(0, 9)], [(0, 9, (0, 9))]),
+        ([(0, 4), (2, 6)], [(0, 3, (0, 4)), (3, 6, (2, 6))]),
+        (
+            [(0, 4), (3, 7)],
+            [(0, 4, (0, 4)), (4, 7, (3, 7))],
+        ),  # the middle pixel is as near to both: the first
+        ([(0, 3), (3, 6), (6, 9)], [(0, 3, (0, 3)), (3, 6, (3, 6)), (6, 9, (6, 9))]),
+    ],
+)
+def test_territories(spans, expected):
+    assert territories(spans) == expected
+
+
+def test_territories_by_distance():
+    """Each pixel belongs to the span with the nearest centre, by brute force."""
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        crop = int(rng.integers(1, 9))
+        starts = np.cumsum(rng.integers(1, crop + 1, 4))
+        spans = [(int(start - starts[0]), int(start - starts[0]) + crop) for start in starts]
+        for start, end, span in territories(spans):
+            for pixel in range(start, end):
+                distances = [abs(pixel + 0.5 - (a + b) / 2) for a, b in spans]
+                assert span == spans[int(np.argmin(distances))]
+
+
+def test_resize_nearest_takes_the_pixel_under_the_centre():
+    labels = torch.arange(6).view(2, 3)
+    assert resize_nearest(labels, (4, 6)).tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
+    assert resize_nearest(labels, (1, 1)).tolist() == [[4]]
+    assert resize_nearest(labels, (2, 3)) is labels
+
+
+def test_bilinear_taps_match_interpolate():
+    rng = np.random.default_rng(0)
+    for source, wanted in [(1, 5), (5, 1), (7, 7), (4, 9), (31, 12), *rng.integers(1, 60, (20, 2)).tolist()]:
+        values = torch.rand(source)
+        taps = decode.bilinear_taps(source, wanted, values)
+        assert isinstance(taps, Taps)
+        expected = torch.nn.functional.interpolate(
+            values[None, None], wanted, mode="linear", align_corners=False
+        )
+        mixed = values[taps.first] * (1 - taps.weight) + values[taps.second] * taps.weight
+        torch.testing.assert_close(mixed, expected[0, 0])

@@ -1,0 +1,99 @@
+"""Protocols: published numbers, refusals, and an explanation that holds every knob."""
+
+import json
+import math
+from dataclasses import fields, replace
+
+import pytest
+
+from groupvit_fast.console import UserError
+from groupvit_fast.segmentation import Protocol, protocol
+from groupvit_fast.segmentation.protocols import PROTOCOLS
+
+
+def test_official_numbers():
+    official = protocol("official")
+    assert (official.short_side, official.long_side, official.crop, official.stride) == (448, 2048, 448, 224)
+    assert official.templates == ("a photo of a {}.",)
+    assert official.top_k == 5
+    assert official.background_thresholds == {"voc21": 0.95, "context60": 0.35, "coco_object": 0.95}
+
+
+def test_resolve_takes_the_threshold_of_the_dataset():
+    resolved = protocol("official").resolve(dataset="context60", background=True, image_size=224)
+    assert resolved.background_threshold == 0.35
+    override = protocol("official").resolve(
+        dataset="context60", background=True, image_size=224, threshold=0.5
+    )
+    assert override.background_threshold == 0.5
+    without = protocol("official").resolve(dataset="voc20", background=False, image_size=224)
+    assert without.background_threshold is None
+
+
+def test_resolve_takes_the_image_size_of_the_model():
+    resolved = protocol("shapes").resolve(dataset="voc-folder", background=False, image_size=64)
+    assert resolved.short_side == 64
+    assert protocol("official").resolve(dataset="voc20", background=False, image_size=64).short_side == 448
+
+
+def test_a_threshold_without_background_is_refused():
+    with pytest.raises(UserError, match="has no background class"):
+        protocol("official").resolve(dataset="voc20", background=False, image_size=224, threshold=0.5)
+
+
+def test_a_background_without_a_threshold_is_refused():
+    with pytest.raises(UserError, match="give one with --background-threshold"):
+        protocol("official").resolve(dataset="voc-folder", background=True, image_size=224)
+
+
+def test_unknown_protocol_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean official"):
+        protocol("offical")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mode": "windows"},
+        {"class_scores": "cosine"},
+        {"background_rule": "none"},
+        {"short_side": 0},
+        {"top_k": -1},
+        {"crop": 0},
+        {"stride": 0},
+        {"stride": 449},
+        {"templates": ()},
+        {"templates": ("a photo",)},
+        {"logit_scale": 0.0},
+        {"logit_scale": math.nan},
+        {"logit_scale": math.inf},
+        {"background_threshold": 1.5},
+        {"background_threshold": math.nan},
+    ],
+)
+def test_impossible_knobs(change):
+    with pytest.raises(UserError, match=next(iter(change)).removesuffix("s")) as error:
+        replace(protocol("official"), **change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_knob_is_in_the_json(name):
+    values = protocol(name).to_dict()
+    assert set(values) == {field.name for field in fields(Protocol)}
+    assert json.loads(json.dumps(values)) == values
+    assert values["name"] == name
+    assert values["source"]
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_explanation_names_the_numbers(name):
+    chosen = protocol(name)
+    text = chosen.explain()
+    assert name in text
+    assert chosen.source in text
+    assert chosen.templates[0] in text
+    if chosen.mode == "slide":
+        assert f"{chosen.crop} px every {chosen.stride} px" in text
+    resolved = chosen.resolve(dataset="x", background=True, image_size=64, threshold=0.123)
+    assert "0.123" in resolved.explain()
