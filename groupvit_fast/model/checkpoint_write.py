@@ -165,7 +165,7 @@ def replace_directory(new: Path, path: Path) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         os.replace(new, path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    old = path.parent / f"{new.name}.old"
     os.replace(path, old)
     try:
         os.replace(new, path)

@@ -8,7 +8,6 @@ checkpoint needs, such as os.system or builtins.eval, makes the file be refused 
 from __future__ import annotations
 
 import _compat_pickle
-import pickle
 import pickletools
 import re
 import sys
@@ -64,15 +63,10 @@ def load_pickle(path: Path) -> tuple[Any, list[str]]:
     try:
         with torch.serialization.safe_globals(inert):
             value = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-    ) as error:
-        raise UnsafePickleError(f"not a plain checkpoint: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # bytes made by hand can fail in every way there is
+        # torch puts advice to switch its protection off before the reason.
+        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or repr(error)
+        raise UnsafePickleError(f"not a plain checkpoint: {reason.strip().splitlines()[0]}") from None
     check_sizes(value)
     return value, [name for name in replaced if name.split(".")[0] not in sys.stdlib_module_names]
 
