@@ -1,5 +1,6 @@
 """Shards of captioned images, their index, and the loader that turns them into batches.
 
-`shards` writes webdataset tars, `index` finds the usable samples in them, `sampling` fixes the order and
-every random draw, `pipeline` decodes with NVIDIA DALI, `text` makes tokens, nouns and prompts.
+`shards` writes webdataset tars; `scan` and `index` find the usable samples in them and `reader` reads them;
+`sampling` fixes the order and every random draw; `decode` is the DALI pipeline; `text` makes tokens, nouns
+and prompts; `batches` puts one batch together and `pipeline` keeps them coming.
 """

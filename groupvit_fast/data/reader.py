@@ -7,6 +7,7 @@ import os
 import resource
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class SampleReader:
     def __len__(self) -> int:
         return int(self.shard_start[-1])
 
+    @cached_property
     def fingerprint(self) -> str:
         """A short hash that changes when the samples or their order do, but not when the files move."""
         digest = hashlib.sha256()

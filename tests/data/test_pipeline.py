@@ -2,6 +2,8 @@ import itertools
 import logging
 import os
 import random
+import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -189,7 +191,7 @@ def test_prompts_are_a_function_of_the_position(make_shards):
     loader = make_loader(make_shards(20, caption="a cat and a dog on sand near water {}"), num_prompts=2)
     (batch,) = take(loader, 1)
     words = sampling.draws(0, 0, 8)[:, sampling.TEXT_DRAW].tolist()
-    for sample, row, word in zip(loader._samples_at(0), batch.text_index, words, strict=True):
+    for sample, row, word in zip(loader._maker.samples_at(0), batch.text_index, words, strict=True):
         caption = f"a cat and a dog on sand near water {sample}"
         expected = [caption, *text.draw_prompts(caption, 2, random.Random(word))]
         assert torch.equal(batch.texts[row], text.tokenize(expected, batch.texts.shape[1]))
@@ -217,7 +219,7 @@ def test_epochs_do_not_leak(make_shards):
         next(iterator)
     assert len(os.listdir("/proc/self/fd")) <= files
     assert threading.active_count() == threads
-    assert len(loader._orders) <= 2
+    assert len(loader._maker._orders) <= 2
     iterator.close()
 
 
@@ -244,3 +246,17 @@ def test_fault_of_the_worker_reaches_the_training_thread(make_shards):
 def test_bad_options_are_refused_at_once(make_shards, options, message):
     with pytest.raises(UserError, match=message):
         make_loader(make_shards(20), **options)
+
+
+@pytest.mark.parametrize(("ending", "status"), [("exit(3)", 3), ("1 / 0", 1), ("pass", 0)])
+def test_process_ends_while_an_iterator_is_open(make_shards, ending, status):
+    (shard,) = make_shards(20)
+    script = f"""
+from groupvit_fast.data.pipeline import TrainLoader
+iterator = iter(TrainLoader({str(shard)!r}, batch_size=8, image_size=16, num_threads=1))
+next(iterator)
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, text=True)
+    assert done.returncode == status, done.stderr
+    assert "Fatal" not in done.stderr

@@ -51,7 +51,7 @@ def test_shard_that_shrinks_is_named(make_shards):
 
 
 def test_fingerprint_follows_the_samples_not_the_place(make_shards):
-    first = SampleReader(make_shards(5)).fingerprint()
-    assert SampleReader(make_shards(5, folder="moved")).fingerprint() == first
-    assert SampleReader(make_shards(6, folder="more")).fingerprint() != first
-    assert SampleReader(make_shards(5, folder="text", caption="another {}")).fingerprint() != first
+    first = SampleReader(make_shards(5)).fingerprint
+    assert SampleReader(make_shards(5, folder="moved")).fingerprint == first
+    assert SampleReader(make_shards(6, folder="more")).fingerprint != first
+    assert SampleReader(make_shards(5, folder="text", caption="another {}")).fingerprint != first

@@ -1,0 +1,173 @@
+"""Making the batch at any position: which samples, which crops and flips, which prompts.
+
+A position counts samples over all ranks and epochs. Everything random is a function of (seed, position), so
+the batch at a position is the same in every run, and a broken image changes nothing but its own place.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from groupvit_fast.console import UserError
+from groupvit_fast.data import sampling, text
+from groupvit_fast.data.decode import DecodeInput, ImageDecoder, undecodable, window_fractions
+from groupvit_fast.data.reader import SampleReader
+
+_log = logging.getLogger("groupvit_fast")
+_TOLERATED = 16  # broken images that may always be met; beyond, 1 % of the samples read
+_TOLERATED_PERCENT = 1
+
+
+@dataclass
+class Batch:
+    """One training batch of one rank."""
+
+    images: torch.Tensor  # float32 [B, 3, H, W], ImageNet-normalised
+    texts: torch.Tensor  # int64 [U, T]: the different token rows, T = longest of them, zero-padded
+    text_index: torch.Tensor  # int64 [B, 1+K]: row of the caption, then rows of the K prompts
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Everything that decides what a batch looks like, apart from the shards."""
+
+    batch_size: int
+    image_size: int
+    num_prompts: int
+    context_length: int
+    templates: tuple[str, ...]
+    noun_tags: str
+    seed: int
+    rank: int
+    world_size: int
+    device: torch.device
+    num_threads: int
+    min_crop: float
+    flip: bool
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.image_size < 1 or self.num_prompts < 0:
+            raise UserError("batch size and image size must be at least 1, the number of prompts at least 0")
+        if not 0 < self.min_crop <= 1:
+            raise UserError(f"min_crop {self.min_crop} must lie in (0, 1]")
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"rank {self.rank} does not fit a world size of {self.world_size}")
+
+    @property
+    def stride(self) -> int:
+        """Samples in one step over all ranks."""
+        return self.batch_size * self.world_size
+
+
+@dataclass
+class _Plan:
+    """A batch whose images are on their way through the decoder."""
+
+    samples: np.ndarray
+    words: np.ndarray
+    captions: list[str]
+    encoded: list[np.ndarray]
+
+
+class BatchMaker:
+    """Makes the batches of one rank; decodes the next images while it encodes the texts of these."""
+
+    def __init__(self, reader: SampleReader, options: BatchOptions):
+        self.reader, self.options = reader, options
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def batches(self, position: int) -> Iterator[Batch]:
+        """Batches from `position` on, for ever; starts over without the culprit when an image breaks."""
+        while True:
+            plans: deque[_Plan] = deque()
+            decoder = self._open_decoder(position, plans)
+            while True:
+                try:
+                    images = decoder.next()
+                except RuntimeError as error:
+                    del decoder
+                    self._quarantine(plans, position, error)
+                    break
+                yield self._assemble(images, plans.popleft())
+                position += self.options.stride
+
+    def samples_at(self, position: int) -> np.ndarray:
+        """Sample numbers of this rank's batch at `position`, across an epoch's end if need be."""
+        size = self.options.batch_size
+        epoch, start = divmod(position + self.options.rank * size, len(self.reader))
+        samples = self._order(epoch)[start : start + size]
+        if len(samples) < size:
+            samples = np.concatenate([samples, self._order(epoch + 1)[: size - len(samples)]])
+        return samples
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders[epoch] = sampling.epoch_order(len(self.reader), self.options.seed, epoch)
+            while len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def _open_decoder(self, position: int, plans: deque[_Plan]) -> ImageDecoder:
+        positions = iter(range(position, 2**62, self.options.stride))
+
+        def source() -> DecodeInput:
+            plans.append(self._plan(next(positions)))
+            return self._decode_input(plans[-1])
+
+        return ImageDecoder(
+            source,
+            batch_size=self.options.batch_size,
+            image_size=self.options.image_size,
+            device=self.options.device,
+            num_threads=self.options.num_threads,
+        )
+
+    def _plan(self, position: int) -> _Plan:
+        options = self.options
+        samples = self.reader.usable(self.samples_at(position))
+        first = position + options.rank * options.batch_size
+        words = sampling.draws(options.seed, first, options.batch_size)
+        encoded, captions = self.reader.read(samples)
+        return _Plan(samples, words, captions, encoded)
+
+    def _decode_input(self, plan: _Plan) -> DecodeInput:
+        width, height = self.reader.width[plan.samples], self.reader.height[plan.samples]
+        windows = sampling.crop_windows(width, height, plan.words, self.options.min_crop)
+        flips = sampling.uniform(plan.words[:, sampling.FLIP_DRAW]) < 0.5
+        mirror = (flips & self.options.flip).astype(np.int32)
+        return DecodeInput(plan.encoded, *window_fractions(windows, width, height), mirror)
+
+    def _assemble(self, images: torch.Tensor, plan: _Plan) -> Batch:
+        options = self.options
+        rows = []
+        for caption, word in zip(plan.captions, plan.words[:, sampling.TEXT_DRAW].tolist(), strict=True):
+            caption = text.clean(caption)
+            rows.append([caption])
+            if options.num_prompts:
+                rng = random.Random(word)
+                rows[-1] += text.draw_prompts(
+                    caption, options.num_prompts, rng, options.templates, options.noun_tags
+                )
+        texts, text_index = text.unique_rows(rows, options.context_length)
+        return Batch(images, texts.to(images.device), text_index.to(images.device))
+
+    def _quarantine(self, plans: deque[_Plan], position: int, error: RuntimeError) -> None:
+        """Find the images on their way that DALI cannot decode and stop delivering them."""
+        pairs = [pair for plan in plans for pair in zip(plan.samples.tolist(), plan.encoded, strict=True)]
+        found = undecodable([image for _, image in pairs], self.options.device)
+        if not found:
+            raise error
+        for sample in sorted({pairs[number][0] for number in found}):
+            self.reader.quarantine(sample)
+            _log.warning("%s cannot be decoded; the next good sample replaces it", self.reader.name(sample))
+        bad = self.reader.quarantined
+        if len(bad) > max(_TOLERATED, position * _TOLERATED_PERCENT // 100):
+            names = ", ".join(map(self.reader.name, bad[:10]))
+            raise UserError(f"{len(bad)} images, over 1 % of those read, cannot be decoded; repair {names}")
