@@ -24,18 +24,24 @@ class CMakeBuild(build_ext):
         if missing and os.environ.get("GROUPVIT_CUDA") == "1":
             raise SystemExit(f"groupvit_fast: GROUPVIT_CUDA=1, but {missing}")
         if missing:
-            self.warn(f"groupvit_fast: {missing}: installing without compiled operators (slower, same results)")
+            self.warn(
+                f"groupvit_fast: {missing}: installing without compiled operators, same results, slower"
+            )
             return
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         for step in (
-            # CMake and Ninja may come from a build environment that is gone next time: name them each time.
-            ["-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
-            + ["-DCMAKE_BUILD_TYPE=Release", f"-DPython3_EXECUTABLE={sys.executable}", "-DGVIT_TESTS=OFF"],
+            ["-S", ROOT, "-B", BUILD, "-G", "Ninja", *self._settings()],
             ["--build", BUILD, "--parallel", jobs],
             ["--install", BUILD, "--prefix", package / "groupvit_fast"],
         ):
             subprocess.run(["cmake", *map(str, step)], check=True)
+
+    def _settings(self) -> list[str]:
+        # Ninja and the interpreter may come from a build environment that is gone next time: name them anew.
+        ninja, python = shutil.which("ninja"), sys.executable
+        settings = {"CMAKE_MAKE_PROGRAM": ninja, "CMAKE_BUILD_TYPE": "Release", "Python3_EXECUTABLE": python}
+        return [f"-D{name}={value}" for name, value in settings.items()] + ["-DGVIT_TESTS=OFF"]
 
     def _missing_tools(self) -> str | None:
         compiler = os.environ.get("CXX", "").split(" ")[0]

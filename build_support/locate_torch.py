@@ -10,7 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ASK = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+ASK = "from importlib.util import find_spec as f; s = f('torch'); print(*s.submodule_search_locations if s else '')"
 # -I: the environment alone; -E: also the user's own site directory; nothing: also pip's overlay.
 TRIES = (["-I"], ["-E"], [])
 

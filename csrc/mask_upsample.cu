@@ -8,8 +8,8 @@ namespace {
 
 constexpr index_t kMaxGridX = 2147483647;
 constexpr index_t kMaxGridY = 65535;
-constexpr index_t kPlanesPerThread = 8;   // amortises the taps of a pixel
-constexpr index_t kPixelsPerThread = 8;   // amortises a block's table of group labels
+constexpr index_t kPlanesPerThread = 8;  // amortises the taps of a pixel
+constexpr index_t kPixelsPerThread = 8;  // amortises a block's table of group labels
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
 unsigned grid_x(index_t blocks) { return static_cast<unsigned>(smaller(blocks, kMaxGridX)); }

@@ -29,8 +29,14 @@ Tensor upsample_masks(const Tensor& maps, int64_t height, int64_t width) {
     Tensor output = torch::stable::new_empty(maps, {maps.size(0), maps.size(1), height, width});
     if (output.numel() == 0) return output;
     const Tensor input = dense(maps);
-    UpsampleParams params{input.const_data_ptr(), output.mutable_data_ptr(), maps.size(0) * maps.size(1),
-                          maps.size(2), maps.size(3), height, width, storage};
+    UpsampleParams params{input.const_data_ptr(),
+                          output.mutable_data_ptr(),
+                          maps.size(0) * maps.size(1),
+                          maps.size(2),
+                          maps.size(3),
+                          height,
+                          width,
+                          storage};
     run(params, maps);
     return output;
 }
@@ -46,7 +52,7 @@ Tensor upsample_masks_backward(const Tensor& gradient, int64_t height, int64_t w
     if (output.numel() == 0) return output;
     const Tensor input = dense(gradient);
     UpsampleParams params{input.const_data_ptr(), output.mutable_data_ptr(), batch * groups, height, width,
-                          gradient.size(2), gradient.size(3), storage};
+                          gradient.size(2),       gradient.size(3),          storage};
     run(params, gradient);
     return output;
 }
@@ -72,8 +78,8 @@ inline void check_scores(const Tensor& maps, const Tensor& scores, const std::op
 // -> labels [B, H, W] and, with a target, the confusion matrix [num_classes, num_classes] (else [0, 0]).
 template <auto run>
 std::tuple<Tensor, Tensor> decode_masks(const Tensor& maps, const Tensor& scores, int64_t height, int64_t width,
-                                        const std::optional<Tensor>& threshold,
-                                        const std::optional<Tensor>& target, int64_t num_classes) {
+                                        const std::optional<Tensor>& threshold, const std::optional<Tensor>& target,
+                                        int64_t num_classes) {
     check_maps("maps", maps);
     check(maps.size(1) > 0, "maps must have G >= 1, got ", shape_of(maps));
     check_size(height, width);
@@ -100,9 +106,16 @@ std::tuple<Tensor, Tensor> decode_masks(const Tensor& maps, const Tensor& scores
                         target ? dense_target.const_data_ptr<int64_t>() : nullptr,
                         labels.mutable_data_ptr<int64_t>(),
                         target ? confusion.mutable_data_ptr<int64_t>() : nullptr,
-                        batch, groups, known ? 0 : scores.size(2), table,
-                        maps.size(2), maps.size(3), height, width,
-                        storage, known ? storage : storage_of("scores", scores)};
+                        batch,
+                        groups,
+                        known ? 0 : scores.size(2),
+                        table,
+                        maps.size(2),
+                        maps.size(3),
+                        height,
+                        width,
+                        storage,
+                        known ? storage : storage_of("scores", scores)};
     if (labels.numel() > 0) run(params, maps);
     return {labels, confusion};
 }

@@ -23,8 +23,7 @@ struct RowTaps {
     std::vector<int32_t> low, high;
     std::vector<A> low_weight, high_weight;
 
-    explicit RowTaps(const Axis<A>& axis)
-        : low(axis.out), high(axis.out), low_weight(axis.out), high_weight(axis.out) {
+    explicit RowTaps(const Axis<A>& axis) : low(axis.out), high(axis.out), low_weight(axis.out), high_weight(axis.out) {
         for (index_t x = 0; x < axis.out; ++x) {
             const Tap<A> tap = tap_of(axis, x);
             low[x] = static_cast<int32_t>(tap.low);
@@ -35,14 +34,23 @@ struct RowTaps {
     }
 };
 
+// `widened` has room for the row in the type of the arithmetic: a row of 16-bit numbers is converted first, so
+// that both loops vectorise.
 template <class T, class A = accumulate_t<T>>
-GVIT_INLINE void stretch_row(const T* row, const RowTaps<A>& taps, index_t width, A* __restrict__ out) {
+GVIT_INLINE void stretch_row(const T* row, index_t in_width, const RowTaps<A>& taps, index_t width,
+                             A* __restrict__ widened, A* __restrict__ out) {
     const int32_t* low = taps.low.data();
     const int32_t* high = taps.high.data();
     const A* low_weight = taps.low_weight.data();
     const A* high_weight = taps.high_weight.data();
+    const A* source = widened;
+    if constexpr (std::is_same_v<T, A>) {
+        source = row;
+    } else {
+        for (index_t j = 0; j < in_width; ++j) widened[j] = widen(row[j]);
+    }
     for (index_t x = 0; x < width; ++x) {
-        out[x] = blend(widen(row[low[x]]), widen(row[high[x]]), low_weight[x], high_weight[x]);
+        out[x] = blend(source[low[x]], source[high[x]], low_weight[x], high_weight[x]);
     }
 }
 
@@ -52,8 +60,13 @@ template <class T, class A = accumulate_t<T>>
 class StretchedRows {
   public:
     StretchedRows(index_t count, index_t plane_stride, index_t in_width, index_t width, index_t padded_width)
-        : count_(count), plane_stride_(plane_stride), in_width_(in_width), width_(width),
-          padded_width_(padded_width), rows_(2 * count * padded_width) {}
+        : count_(count),
+          plane_stride_(plane_stride),
+          in_width_(in_width),
+          width_(width),
+          padded_width_(padded_width),
+          rows_(2 * count * padded_width),
+          widened_(in_width) {}
 
     GVIT_INLINE const A* get(const T* first_plane, index_t row, const RowTaps<A>& taps) {
         const index_t slot = row & 1;  // the two rows of a tap are neighbours, so they never share a slot
@@ -61,7 +74,7 @@ class StretchedRows {
         if (plane_[slot] == first_plane && row_[slot] == row) return rows;
         for (index_t plane = 0; plane < count_; ++plane) {
             const T* source = first_plane + plane * plane_stride_ + row * in_width_;
-            stretch_row<T>(source, taps, width_, rows + plane * padded_width_);
+            stretch_row<T>(source, in_width_, taps, width_, widened_.data(), rows + plane * padded_width_);
         }
         plane_[slot] = first_plane;
         row_[slot] = row;
@@ -70,7 +83,7 @@ class StretchedRows {
 
   private:
     index_t count_, plane_stride_, in_width_, width_, padded_width_;
-    std::vector<A> rows_;
+    std::vector<A> rows_, widened_;
     const T* plane_[2] = {nullptr, nullptr};
     index_t row_[2] = {-1, -1};
 };
@@ -108,8 +121,7 @@ struct UpsampleBackwardRows {
         std::vector<A> column_sums(p.out_width), row_sums(p.in_width);
         for (index_t row = first; row < last; ++row) {
             const index_t input_row = row % p.in_height;
-            const T* gradient =
-                static_cast<const T*>(p.input) + row / p.in_height * p.out_height * p.out_width;
+            const T* gradient = static_cast<const T*>(p.input) + row / p.in_height * p.out_height * p.out_width;
             std::memset(column_sums.data(), 0, sizeof(A) * p.out_width);
             std::memset(row_sums.data(), 0, sizeof(A) * p.in_width);
             const Span span = outputs_of(vertical, input_row);
@@ -163,8 +175,8 @@ struct DecodeRows {
         }
     }
 
-    static GVIT_INLINE void find_winners(const A* low, const A* high, const Tap<A>& tap, index_t groups,
-                                         index_t stride, Index* __restrict__ winner) {
+    static GVIT_INLINE void find_winners(const A* low, const A* high, const Tap<A>& tap, index_t groups, index_t stride,
+                                         Index* __restrict__ winner) {
         A best[kStrip];
         for (index_t i = 0; i < kStrip; ++i) best[i] = -std::numeric_limits<A>::infinity();
         for (index_t i = 0; i < kStrip; ++i) winner[i] = 0;
@@ -206,15 +218,12 @@ void run_rows(const UpsampleParams& p, index_t rows, index_t blends_per_row) {
         using T = decltype(type);
         using A = accumulate_t<T>;
         const RowTaps<A> taps(make_axis<A>(p.in_width, p.out_width));
-        torch::stable::parallel_for(0, rows, rows_per_thread(blends_per_row), [&](index_t first, index_t last) {
-            dispatch<Kernel<T>>(p, taps, first, last);
-        });
+        torch::stable::parallel_for(0, rows, rows_per_thread(blends_per_row),
+                                    [&](index_t first, index_t last) { dispatch<Kernel<T>>(p, taps, first, last); });
     });
 }
 
-size_t element_size(Storage storage) {
-    return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
-}
+size_t element_size(Storage storage) { return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2; }
 
 // Equal sizes: a copy, also of infinities, which weights of zero would turn into NaN.
 bool copied(const UpsampleParams& p) {

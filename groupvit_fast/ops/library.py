@@ -50,7 +50,7 @@ if _backend == "native" and not (HAS_CPU and (HAS_CUDA or not torch.cuda.is_avai
 
 
 def backend() -> str:
-    """"native" where compiled kernels run, "reference" where plain PyTorch does."""
+    """The back end in use: "native" (compiled kernels) or "reference" (plain PyTorch)."""
     return _backend if HAS_CPU else "reference"
 
 

@@ -51,8 +51,8 @@ def decode_masks(
         scores: [B, G, K] class scores of each group (the best class is its label; lowest index wins ties), or
             the labels themselves, [B, G] int64.
         size: (H, W) of the labels.
-        background_threshold: a number or [B]. Label 0 is then background, class k has label k + 1, and a group
-            whose best score does not reach the threshold is background.
+        background_threshold: a number or [B]. Label 0 is then background, class k has label k + 1, and a
+            group whose best score does not reach the threshold is background.
         target: [B, H, W] integer labels to count against.
         num_classes: size of the confusion matrix; by default K, plus 1 with a background threshold.
 
@@ -67,9 +67,8 @@ def decode_masks(
     threshold = _check_scores(maps, scores, background_threshold)
     num_classes = _check_target(maps, scores, (height, width), threshold is not None, target, num_classes)
     if not library.runs_native(maps):
-        return reference.decode_masks(
-            maps, scores, (height, width), background_threshold=threshold, target=target, num_classes=num_classes
-        )
+        options = {"background_threshold": threshold, "target": target, "num_classes": num_classes}
+        return reference.decode_masks(maps, scores, (height, width), **options)
     counted = target if target is None else target.long()
     labels, confusion = torch.ops.groupvit_fast.decode_masks(
         maps.detach(), scores.detach(), height, width, threshold, counted, num_classes

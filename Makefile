@@ -1,0 +1,48 @@
+# make demo    set up, then learn to segment from captions and show the result
+# make test    set up, then run the tests          make lint    style of Python and C++
+# make build   compile what changed                make bench   time the operators
+# make clean   remove what was built (not .venv, not runs)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_support/*.py csrc/* kernels/*)
+
+# By environment, so that the pins also hold where pip builds in isolation.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint build bench clean
+
+demo: build
+	$(BIN)/python -m groupvit_fast.train --amp --output runs/demo
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: build
+	$(BIN)/python benchmarks/kernel_bench.py
+
+build: $(VENV)/.built
+
+# torch first: the package compiles against the one that is there.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -c "import groupvit_fast as g; print('groupvit_fast', g.build_info())"
+	touch $@
+
+clean:
+	rm -rf build groupvit_fast/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.built
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
