@@ -172,3 +172,18 @@ def test_bfloat16_autocast_trains(small_config, token_rows):
     assert all(parameter.grad.isfinite().all() for parameter in model.image_encoder.parameters())
     cosine = torch.nn.functional.cosine_similarity(output.text.float(), wanted.text, dim=-1)
     assert cosine.min() > 0.99
+
+
+def test_compiles_without_graph_breaks(small_config, token_rows):
+    """The training forward is one graph, and gives what the plain one gives."""
+    model = create_model(replace(small_config, image=replace(small_config.image, drop_path=0.0)), seed=0)
+    batch = (*random_batch(small_config, token_rows), torch.tensor([1, 0]))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    wanted, found = model(*batch), compiled(*batch)
+    assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert_close(
+        torch.autograd.grad(found.image.sin().sum(), model.image_encoder.patch_embedding.position),
+        torch.autograd.grad(wanted.image.sin().sum(), model.image_encoder.patch_embedding.position),
+        rtol=1e-4,
+        atol=1e-5,
+    )
