@@ -66,8 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    from groupvit_fast.model import load_model
     from groupvit_fast.segmentation import evaluate, open_dataset
-    from groupvit_fast.segmentation.options import load_checkpoint, protocol_from_flags, require_writable
+    from groupvit_fast.segmentation.options import protocol_from_flags, require_writable
     from groupvit_fast.segmentation.report import Evaluation
 
     if args.explain:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = Evaluation.from_json(_read_json(args.compare)) if args.compare else None
     dataset = open_dataset(args.dataset, args.root)
     device = resolve_device(args.device)
-    model = load_checkpoint(args.checkpoint, device)
+    model = load_model(args.checkpoint, device)
     protocol = protocol_from_flags(args, model.config)
     with _Progress(args.quiet) as progress:
         result = evaluate(

@@ -61,14 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    from groupvit_fast.model import load_model
     from groupvit_fast.segmentation.evaluation import encode_protocol_classes
-    from groupvit_fast.segmentation.options import load_checkpoint, protocol_from_flags, require_writable
+    from groupvit_fast.segmentation.options import protocol_from_flags, require_writable
 
     entries = _read_classes(args.classes)
     outputs = _name_outputs(_find_images(args.images), args.output)
     require_writable(args.json)
     require_writable(args.output, folder=True)
-    model = load_checkpoint(args.checkpoint, resolve_device(args.device))
+    model = load_model(args.checkpoint, resolve_device(args.device))
     protocol = protocol_from_flags(args, model.config).resolve(
         dataset="your classes",
         background=args.background,

@@ -7,10 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from groupvit_fast.console import UserError
-from groupvit_fast.model import load_model
 from groupvit_fast.model.presets import ModelConfig
 from groupvit_fast.segmentation.prompts import TEMPLATE_SETS
 from groupvit_fast.segmentation.protocols import MODES, PROTOCOLS, Protocol, protocol
@@ -66,16 +63,6 @@ def protocol_from_flags(args: argparse.Namespace, config: ModelConfig | None = N
 def parse_templates(texts: list[str]) -> tuple[str, ...]:
     """Sentences with {} and names of template sets, in order, to sentences."""
     return tuple(sentence for text in texts for sentence in TEMPLATE_SETS.get(text, (text,)))
-
-
-def load_checkpoint(path: Path, device: str) -> torch.nn.Module:
-    """`load_model` with its complaints as one line for the user."""
-    try:
-        return load_model(path, device=device).eval()
-    except (ValueError, RuntimeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        message = lines[0] if str(path) in lines[0] else f"{path}: {lines[0]}"
-        raise UserError(message) from error
 
 
 def require_writable(path: Path | None, *, folder: bool = False) -> None:

@@ -46,15 +46,11 @@ def paint(labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
 def borders(labels: np.ndarray, width: int = 1) -> np.ndarray:
     """bool [H, W]: pixels within `width` of a change of label, on both sides of it."""
     edge = np.zeros(labels.shape, bool)
-    for axis in (0, 1):
-        change = np.diff(labels, axis=axis) != 0
-        for step in range(width):
-            before = [(0, 0), (0, 0)]
-            before[axis] = (0, 1)
-            shifted = np.pad(change, before)
-            edge |= np.roll(shifted, -step, axis) | np.roll(
-                np.pad(change, [p[::-1] for p in before]), step, axis
-            )
+    for labels_, edge_ in ((labels, edge), (labels.T, edge.T)):
+        change = labels_[1:] != labels_[:-1]
+        for step in range(min(width, len(change))):
+            edge_[: len(change) - step] |= change[step:]
+            edge_[step + 1 :] |= change[: len(change) - step]
     return edge
 
 
@@ -128,7 +124,7 @@ def write_names(
         left, top, right, bottom = draw.textbbox((x, y), names[label], font=font, anchor="mm")
         if (2 * depth + 1) * scale < 1.5 * text_size:
             continue
-        dx = max(4 - left, 0) + min(picture.width - 4 - right, 0)
+        dx = max(7 - left, 0) + min(picture.width - 7 - right, 0)
         box = (left + dx - 4, top - 3, right + dx + 4, bottom + 3)
         draw.rounded_rectangle(box, radius=4, fill=(*INK, 170))
         draw.text((x + dx, y), names[label], font=font, anchor="mm", fill=PAPER)

@@ -89,14 +89,14 @@ class Evaluation:
             previous = f"{_number(old.get(result.name, math.nan)):>6}  " if before else ""
             lines.append(
                 f"{result.name:<{width}}  {previous}{_number(result.iou):>6}  {bar(result.iou):<{BAR_WIDTH}}"
-                f"  {result.share:>7.1%}  {result.predicted_share:>8.1%}"
+                f"  {result.share:>8.1%}  {result.predicted_share:>9.1%}"
             )
         return lines
 
     def _summary_lines(self, before: Evaluation | None) -> list[str]:
         rows = [("mIoU", _number(self.miou), "")]
         if before is not None:
-            rows.append(("  before training", _number(before.miou), ""))
+            rows.append(("  before", _number(before.miou), ""))
         rows += [
             ("  largest class", _number(self.miou_largest_class), f'"{self.largest_class}" everywhere'),
             ("  oracle", _number(self.oracle_miou), "each group given its best class"),

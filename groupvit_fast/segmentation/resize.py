@@ -1,7 +1,7 @@
 """Resizing photos to the very pixels that the published evaluations saw: cv2.INTER_LINEAR on 8-bit images.
 
-Bilinear sampling without antialias in fixed point: weights are multiples of 1/2048, and the vertical pass drops
-four bits of the horizontal sums before it multiplies. Equal to OpenCV 4.5 and 5.0 in every value. An
+Bilinear sampling without antialias in fixed point: weights are multiples of 1/2048, and the vertical pass
+drops four bits of the horizontal sums before it multiplies. Equal to OpenCV 4.5 and 5.0 in every value. An
 antialiased resize (Pillow, torchvision, DALI by default) gives other pixels and other labels.
 """
 

@@ -70,9 +70,8 @@ def resized_size(height: int, width: int, protocol: Protocol) -> tuple[int, int]
 def prepare(image: Tensor, protocol: Protocol) -> Tensor:
     """uint8 [H, W, 3] to the float32 [3, h, w] that the model takes: resized and normalised."""
     pixels = resize_photo(image, resized_size(*image.shape[:2], protocol))
-    mean, std = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=pixels.device).view(3, 1, 1) * 255
     return (pixels - mean) / std
 
 

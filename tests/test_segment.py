@@ -1,0 +1,187 @@
+"""The segment command: pictures, masks and shares for one photo or many, and one line for every fault."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from groupvit_fast.console import run_command
+from groupvit_fast.model import create_model, load_model
+from groupvit_fast.segment import main
+from groupvit_fast.segmentation import protocol, segment_image
+from groupvit_fast.segmentation.prompts import encode_classes
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    create_model("tiny", seed=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(pixels).resize((140, 100)).save(path)
+    return path
+
+
+def run(*words) -> int:
+    return run_command(main, [str(word) for word in words])
+
+
+def test_one_photo(checkpoint, photo, tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "all.json"
+    assert run(checkpoint, photo, "--classes", "dog, grass, sofa|couch", "--output", out, "--json", file) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "photo.json",
+        "photo_mask.png",
+        "photo_overlay.png",
+    ]
+    model = load_model(checkpoint)
+    chosen = protocol("shapes").resolve(dataset="", background=False, image_size=64)
+    text = encode_classes(model, ["dog", "grass", "sofa|couch"], chosen.templates)
+    with Image.open(photo) as picture:
+        expected = segment_image(model, torch.tensor(np.asarray(picture)), text, chosen).numpy()
+    with Image.open(out / "photo_mask.png") as mask:
+        assert mask.mode == "P"
+        labels = np.asarray(mask)
+    assert labels.shape == (100, 140)
+    assert (labels != expected).mean() < 1e-4
+    values = json.loads((out / "photo.json").read_text())
+    assert values["labels"] == {"0": "dog", "1": "grass", "2": "sofa"}
+    for label, name in enumerate(["dog", "grass", "sofa"]):
+        assert values["shares"][name] == pytest.approx((labels == label).mean())
+    assert values["protocol"]["name"] == "shapes"
+    assert [item["image"] for item in json.loads(file.read_text())["images"]] == [str(photo)]
+    assert "photo_overlay.png" in capsys.readouterr().out
+
+
+def test_background(checkpoint, photo, tmp_path):
+    words = [checkpoint, photo, "--classes", "dog, grass", "--output"]
+    assert run(*words, tmp_path / "plain", "--no-background") == 0
+    assert run(*words, tmp_path / "with", "--background", "--background-threshold", 0.3) == 0
+    plain, chosen = (json.loads((tmp_path / name / "photo.json").read_text()) for name in ("plain", "with"))
+    assert list(plain["shares"]) == ["dog", "grass"]
+    assert list(chosen["shares"]) == ["background", "dog", "grass"]
+    assert chosen["protocol"]["background_threshold"] == 0.3
+
+
+def test_folders_patterns_and_equal_names(checkpoint, photo, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("photo.png", "b.jpg", "notes.txt"):
+        (folder / name).write_bytes(photo.read_bytes())
+    out = tmp_path / "out"
+    assert (
+        run(checkpoint, photo, folder, f"{tmp_path}/pho*.jpg", "--classes", "dog, cat", "--output", out) == 0
+    )
+    names = {path.name for path in out.glob("*.json")}
+    assert names == {"photo.json", "b.json", "photo-2.json"}
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert run(checkpoint, photo, "--classes", "dog, cat", "--output", out, "--quiet") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_class_lists_from_files_and_benchmarks(checkpoint, photo, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("# mine\nbackground\ndog\nsofa|couch\n")
+    assert run(checkpoint, photo, "--classes", names, "--output", tmp_path / "file") == 0
+    assert list(json.loads((tmp_path / "file/photo.json").read_text())["shares"]) == ["dog", "sofa"]
+    assert run(checkpoint, photo, "--classes", "voc21", "--output", tmp_path / "voc") == 0
+    assert len(json.loads((tmp_path / "voc/photo.json").read_text())["shares"]) == 20
+
+
+def test_more_classes_than_a_palette_holds(checkpoint, photo, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"thing {number}" for number in range(300)))
+    assert run(checkpoint, photo, "--classes", names, "--output", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out/photo_mask.png") as mask:
+        assert np.asarray(mask).dtype == np.uint16
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "P", "1"])
+def test_any_kind_of_photo(checkpoint, photo, tmp_path, mode):
+    path = tmp_path / ("other.tif" if mode == "CMYK" else "other.png")
+    with Image.open(photo) as picture:
+        if mode == "I;16":
+            Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(path)
+        else:
+            picture.convert(mode).save(path)
+    assert run(checkpoint, path, "--classes", "dog, cat", "--output", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out/other_mask.png") as mask:
+        assert mask.size == (140, 100)
+
+
+def test_a_rotated_photo_is_turned_upright(checkpoint, photo, tmp_path):
+    with Image.open(photo) as picture:
+        exif = picture.getexif()
+        exif[0x0112] = 6
+        picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert (
+        run(checkpoint, tmp_path / "turned.jpg", "--classes", "dog, cat", "--output", tmp_path / "out") == 0
+    )
+    with Image.open(tmp_path / "out/turned_mask.png") as mask:
+        assert mask.size == (100, 140)
+
+
+def test_one_pixel(checkpoint, tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    assert run(checkpoint, tmp_path / "dot.png", "--classes", "dog", "--output", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out/dot.json").read_text())["shares"] == {"dog": 1.0}
+
+
+def test_a_corrupt_photo_among_good_ones(checkpoint, photo, tmp_path, capsys):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photo.read_bytes()[:300])
+    out = tmp_path / "out"
+    assert run(checkpoint, broken, photo, "--classes", "dog, cat", "--output", out) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {broken}: cannot be read")
+    assert captured.err.count("\n") == 1
+    assert {path.name for path in out.iterdir()} == {"photo.json", "photo_mask.png", "photo_overlay.png"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{weights}", "{dir}/none.jpg", "--classes", "dog"], "no such image file"),
+        (["{weights}", "{dir}/none*.jpg", "--classes", "dog"], "matches no file"),
+        (["{weights}", "{dir}/empty", "--classes", "dog"], "no picture in this folder"),
+        (["{weights}", "{dir}/text.jpg", "--classes", "dog"], "cannot be read as an image"),
+        (
+            ["{weights}", "{dir}/thin.png", "--classes", "dog", "--protocol", "official"],
+            "less than one patch",
+        ),
+        (["{weights}", "{photo}", "--classes", ""], "class list is empty"),
+        (["{weights}", "{photo}", "--classes", "dog,,cat"], "empty name"),
+        (["{weights}", "{photo}", "--classes", "dog, dog"], "'dog' occurs twice"),
+        (["{weights}", "{photo}", "--classes", "sofa|"], "empty synonym"),
+        (["{weights}", "{photo}", "--classes", "background"], "nothing but background"),
+        (["{weights}", "{photo}", "--classes", "{dir}/none.txt"], "no such class list"),
+        (
+            ["{weights}", "{photo}", "--classes", "dog", "--background", "--background-threshold", "2"],
+            "0 to 1",
+        ),
+        (["{weights}", "{photo}", "--classes", "dog", "--json", "{dir}"], "is a folder"),
+        (["{dir}/none", "{photo}", "--classes", "dog"], "{dir}/none"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(checkpoint, photo, tmp_path, capsys, words, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no picture")
+    Image.new("RGB", (1, 9000)).save(tmp_path / "thin.png")
+    places = {"{weights}": checkpoint, "{dir}": tmp_path, "{photo}": photo}
+    for key, place in places.items():
+        words = [word.replace(key, str(place)) for word in words]
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*words, "--output", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message.replace("{dir}", str(tmp_path)) in captured.err
+    assert sorted(tmp_path.rglob("*")) == before
