@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from itertools import chain, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -101,22 +100,22 @@ class ImageDecoder:
         return pixels
 
 
-def undecodable(encoded: Sequence[np.ndarray], device: torch.device, image_size: int = 8) -> list[int]:
+def undecodable(encoded: Sequence[np.ndarray], device: torch.device) -> list[int]:
     """Numbers of the images that DALI cannot decode on `device`, found by decoding each one alone."""
     bad: list[int] = []
     while (first := bad[-1] + 1 if bad else 0) < len(encoded):
-        bad_now = _first_undecodable(encoded[first:], device, image_size)
+        bad_now = _first_undecodable(encoded[first:], device)
         if bad_now is None:
             break
         bad.append(first + bad_now)
     return bad
 
 
-def _first_undecodable(encoded: Sequence[np.ndarray], device: torch.device, image_size: int) -> int | None:
+def _first_undecodable(encoded: Sequence[np.ndarray], device: torch.device) -> int | None:
     whole = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32), np.zeros(1, np.int32)
-    images = chain(encoded, repeat(encoded[-1]))  # DALI may ask for more than it is told to run
+    images = iter(encoded)
     decoder = ImageDecoder(
-        lambda: DecodeInput([next(images)], *whole), batch_size=1, image_size=image_size, device=device
+        lambda: DecodeInput([next(images)], *whole), batch_size=1, image_size=8, device=device
     )
     for number in range(len(encoded)):
         try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from groupvit_fast.console import UserError
-from groupvit_fast.data import sampling, text
+from groupvit_fast.data import batches, sampling, text
 from groupvit_fast.data.pipeline import TrainLoader
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -31,9 +31,15 @@ def take(loader, count):
         iterator.close()
 
 
-def assert_equal(batches, expected):
-    assert len(batches) == len(expected)
-    for batch, other in zip(batches, expected, strict=True):
+def texts_of(taken):
+    """The token rows of each sample, caption first, without padding."""
+    lines = [batch.texts[line] for batch in taken for line in batch.text_index]
+    return [[row[row != 0].tolist() for row in line] for line in lines]
+
+
+def assert_equal(taken, expected):
+    assert len(taken) == len(expected)
+    for batch, other in zip(taken, expected, strict=True):
         assert torch.equal(batch.images, other.images)
         assert torch.equal(batch.texts, other.texts)
         assert torch.equal(batch.text_index, other.text_index)
@@ -59,8 +65,8 @@ def test_epoch_visits_each_sample_once_across_ranks_and_shards(make_shards, samp
     """Two ranks, 45 samples, steps of 16: epochs end inside batches and nothing is lost or repeated."""
     shards = make_shards(45, per_shard=20)
     ranks = [make_loader(shards, rank=rank, world_size=2) for rank in range(2)]
-    batches = [[sample_numbers(batch) for batch in take(rank, 9)] for rank in ranks]
-    stream = [number for step in zip(*batches, strict=True) for numbers in step for number in numbers]
+    seen = [[sample_numbers(batch) for batch in take(rank, 9)] for rank in ranks]
+    stream = [number for step in zip(*seen, strict=True) for numbers in step for number in numbers]
     for epoch in range(3):
         assert Counter(stream[45 * epoch : 45 * (epoch + 1)]) == Counter(range(45))
     assert stream[:45] != stream[45:90], "each epoch has its own order"
@@ -76,11 +82,15 @@ def test_same_seed_same_batches_whatever_the_threads(make_shards):
     assert not torch.equal(other[0].texts, first[0].texts)
 
 
-def test_order_and_crops_do_not_depend_on_the_batch_size(make_shards, sample_numbers):
+def test_order_crops_and_prompts_do_not_depend_on_batch_size_or_ranks(make_shards):
     shards = make_shards(40)
-    small, large = take(make_loader(shards, batch_size=6), 4), take(make_loader(shards, batch_size=12), 2)
-    assert torch.equal(torch.cat([b.images for b in small]), torch.cat([b.images for b in large]))
-    assert [n for b in small for n in sample_numbers(b)] == [n for b in large for n in sample_numbers(b)]
+    one = take(make_loader(shards, batch_size=12, num_prompts=1), 2)
+    small = take(make_loader(shards, batch_size=6, num_prompts=1), 4)
+    ranks = [take(make_loader(shards, batch_size=6, num_prompts=1, rank=r, world_size=2), 2) for r in (0, 1)]
+    turns = [batch for step in zip(*ranks, strict=True) for batch in step]
+    for parts in (small, turns):
+        assert torch.equal(torch.cat([b.images for b in parts]), torch.cat([b.images for b in one]))
+        assert texts_of(parts) == texts_of(one)
 
 
 def test_crops_and_flips_change_between_epochs(make_shards, sample_numbers):
@@ -89,13 +99,15 @@ def test_crops_and_flips_change_between_epochs(make_shards, sample_numbers):
     assert not any(torch.equal(first[n], second[n]) for n in range(8))
 
 
-def test_whole_images_without_augmentation(make_shards, sample_numbers):
-    """min_crop 1 on square pictures, no flip: every epoch shows the same pixels."""
-    shards = make_shards(9, caption="picture number {}")
-    loader = make_loader(shards, batch_size=9, min_crop=1.0, flip=False)
-    first, second = (dict(zip(sample_numbers(b), b.images, strict=True)) for b in take(loader, 2))
+@pytest.mark.parametrize("flip", [False, True])
+def test_square_picture_without_crops_is_flipped_or_not(make_shards, sample_numbers, flip):
+    """With min_crop 1 each epoch shows the whole of a square picture, on half of the epochs mirrored."""
     square = 2  # picture n is 16 + n wide and 18 high
-    assert torch.equal(first[square], second[square])
+    loader = make_loader(make_shards(9), batch_size=9, min_crop=1.0, flip=flip)
+    shown = [batch.images[sample_numbers(batch).index(square)] for batch in take(loader, 24)]
+    mirrored = sum(torch.equal(image, shown[0].flip(2)) for image in shown)
+    assert mirrored + sum(torch.equal(image, shown[0]) for image in shown) == 24
+    assert (6 <= mirrored <= 18) == flip
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -140,13 +152,13 @@ def test_undecodable_image_is_replaced_named_and_counted(make_shards, sample_num
     """Two broken images, one right after the other, cost no batch; every good sample still comes."""
     loader = make_loader(make_shards(45, hollow=[7, 8]), device=device)
     with caplog.at_level(logging.WARNING, logger="groupvit_fast"):
-        batches = take(loader, 6)
-    numbers = Counter(number for batch in batches for number in sample_numbers(batch))
+        taken = take(loader, 6)
+    numbers = Counter(number for batch in taken for number in sample_numbers(batch))
     assert set(numbers) == set(range(45)) - {7, 8}
     assert numbers[9] >= 3, "sample 9 stands in for both"
     assert loader.bad_samples == 2
     assert sorted(r.message.split(".tar:")[1][:9] for r in caplog.records) == ["000000007", "000000008"]
-    assert all(torch.isfinite(batch.images).all() for batch in batches)
+    assert all(torch.isfinite(batch.images).all() for batch in taken)
 
 
 def test_undecodable_image_changes_nothing_else(make_shards, sample_numbers):
@@ -176,6 +188,17 @@ def test_too_many_undecodable_images_stop_the_run(make_shards):
     loader = make_loader(make_shards(60, hollow=range(20, 40)))
     with pytest.raises(UserError, match=r"images, over 1 % .*000001.tar:0000000"):
         take(loader, 20)
+
+
+def test_the_tolerated_rate_is_a_share_of_the_samples_read(make_shards, monkeypatch):
+    """The second broken image comes at position 50, where one per cent is still less than two."""
+    monkeypatch.setattr(batches, "_TOLERATED", 1)
+    order = sampling.epoch_order(60, 0, 0)
+    shards = make_shards(60, hollow=[order[0], order[50]])
+    with pytest.raises(UserError, match="2 images, over 1 %"):
+        take(make_loader(shards), 8)
+    monkeypatch.setattr(batches, "_TOLERATED_PERCENT", 10)
+    assert len(take(make_loader(shards), 8)) == 8
 
 
 def test_samples_left_out_of_the_index_are_said(make_shards, caplog):

@@ -47,6 +47,7 @@ def test_crop_windows_follow_the_random_resized_crop_rule():
     thirds = np.histogram(area, [0.1, 0.2, 0.3, 0.4])[0]
     assert np.abs(thirds / thirds.mean() - 1).max() < 0.08, "the area is uniform where every try fits"
     spare = width - w
+    assert set(x[spare == 5]) == set(range(6)), "every place is reached, both ends included"
     assert abs(np.mean(x[spare > 20] / spare[spare > 20]) - 0.5) < 0.01
 
 

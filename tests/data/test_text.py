@@ -73,6 +73,11 @@ def test_fast_path_of_cleaning_changes_nothing(caption):
     assert text.clean(caption) == " ".join(slow.split()).lower()
 
 
+def test_html_escapes_are_undone_twice():
+    """ftfy leaves escapes alone in a text that has a tag, so both turns are needed here."""
+    assert text.clean("<b> &amp;amp;lt;  X") == "<b> &lt; x"
+
+
 def test_tokenize_names_the_fault():
     with pytest.raises(UserError, match="list of texts"):
         text.tokenize("a cat")
@@ -98,6 +103,8 @@ def test_prompts_hold_different_nouns_and_pad_with_the_caption():
     for seed in range(20):
         prompts = text.draw_prompts(caption, 3, random.Random(seed), ["{}"])
         assert sorted(prompts) == ["cat", "dog", "sand"]
+    firsts = {text.draw_prompts(caption, 1, random.Random(seed), ["{}"])[0] for seed in range(40)}
+    assert firsts == {"cat", "dog", "sand"}
     assert text.draw_prompts("a dog", 3, random.Random(0), ["x {}"]) == ["x dog", "a dog", "a dog"]
     assert text.draw_prompts("of the", 2, random.Random(0)) == ["of the", "of the"]
     assert text.draw_prompts(caption, 0, random.Random(0)) == []
