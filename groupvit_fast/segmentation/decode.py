@@ -2,8 +2,7 @@
 
 A pixel's scores depend only on which group it has in each window that covers it, so an image has few distinct
 score rows (8 for one window, 8 x 8 where two overlap). They are computed once each; a pixel of the original
-image whose four bilinear neighbours share a row takes that row's label, and only the pixels on region borders
-blend rows. Equal to the reference up to the rounding of that blend; the tests hold 99.99 % of pixels.
+image whose four bilinear neighbours have one label takes it, and only the pixels on region borders blend rows. Equal to the reference up to the rounding of that blend; the tests hold 99.99 % of pixels.
 
 Where an image is one window of its own size there is nothing to blend: one call of `ops.decode_masks` gives
 the groups of a whole batch, and each group has one label.
@@ -185,30 +184,39 @@ def resize_nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
 def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int]) -> Tensor:
     """Labels of the bilinearly resized score map that `row_of_pixel` [h, w] and `rows` [R, C] stand for."""
     label_of_row = rows.argmax(dim=1)
-    if tuple(row_of_pixel.shape) == tuple(size):
-        return label_of_row[row_of_pixel]
-    vertical = bilinear_taps(row_of_pixel.shape[0], size[0], rows)
-    horizontal = bilinear_taps(row_of_pixel.shape[1], size[1], rows)
+    labels = label_of_row[row_of_pixel]
+    if tuple(labels.shape) == tuple(size):
+        return labels
+    # A channel that is zero everywhere can win only where all are zero, and then the first one does.
+    used = rows.any(dim=0)
+    used[0] = True
+    channels = used.nonzero()[:, 0]
+    vertical = bilinear_taps(labels.shape[0], size[0], rows)
+    horizontal = bilinear_taps(labels.shape[1], size[1], rows)
     lines = max(1, PIXELS_PER_BAND // size[1])
     bands = zip(*(part.split(lines) for part in vertical), strict=True)
-    return torch.cat([blend_band(row_of_pixel, rows, label_of_row, band, horizontal) for band in bands])
+    small = labels.int(), row_of_pixel, rows[:, channels]
+    return torch.cat([blend_band(*small, channels, Taps(*band), horizontal) for band in bands])
 
 
 def blend_band(
-    row_of_pixel: Tensor, rows: Tensor, label_of_row: Tensor, vertical: Taps, horizontal: Taps
+    labels: Tensor, row_of_pixel: Tensor, rows: Tensor, channels: Tensor, vertical: Taps, horizontal: Taps
 ) -> Tensor:
-    """`resize_labels` for some output lines: look up where the four taps agree, blend where they differ."""
-    top, bottom, weight_y = vertical
-    left, right, weight_x = horizontal
-    taps = [row_of_pixel[y][:, x] for y in (top, bottom) for x in (left, right)]
-    labels = label_of_row[taps[0]]
-    mixed = (taps[0] != taps[1]) | (taps[0] != taps[2]) | (taps[0] != taps[3])
+    """`resize_labels` for some output lines, int64.
+
+    Where the four neighbours have the same label, so has their blend: a channel that is the largest in each of
+    four rows is the largest in every mean of them. The other pixels blend their rows.
+    """
+    lines = [labels[y] for y in (vertical.first, vertical.second)]
+    a, b, c, d = (line[:, x] for line in lines for x in (horizontal.first, horizontal.second))
+    result = a.long()
+    mixed = (a != b) | (a != c) | (a != d)
     for y, x in zip(*(part.split(PIXELS_PER_BLEND) for part in mixed.nonzero(as_tuple=True)), strict=True):
-        a, b, c, d = (rows[tap[y, x]] for tap in taps)
-        wy, wx = weight_y[y, None], weight_x[x, None]
+        a, b, c, d = (rows[row_of_pixel[i[y], j[x]]] for i in vertical[:2] for j in horizontal[:2])
+        wy, wx = vertical.weight[y, None], horizontal.weight[x, None]
         upper, lower = a * (1 - wx) + b * wx, c * (1 - wx) + d * wx
-        labels[y, x] = (upper * (1 - wy) + lower * wy).argmax(dim=1)
-    return labels
+        result[y, x] = channels[(upper * (1 - wy) + lower * wy).argmax(dim=1)]
+    return result
 
 
 def bilinear_taps(source: int, wanted: int, like: Tensor) -> Taps:
