@@ -2,7 +2,8 @@
 
 A pixel's scores depend only on which group it has in each window that covers it, so an image has few distinct
 score rows (8 for one window, 8 x 8 where two overlap). They are computed once each; a pixel of the original
-image whose four bilinear neighbours have one label takes it, and only the pixels on region borders blend rows. Equal to the reference up to the rounding of that blend; the tests hold 99.99 % of pixels.
+image whose four bilinear neighbours have one label takes it, and only the pixels on region borders blend
+rows. Equal to the reference up to the rounding of that blend; the tests hold 99.99 % of pixels.
 
 Where an image is one window of its own size there is nothing to blend: one call of `ops.decode_masks` gives
 the groups of a whole batch, and each group has one label.
@@ -204,8 +205,8 @@ def blend_band(
 ) -> Tensor:
     """`resize_labels` for some output lines, int64.
 
-    Where the four neighbours have the same label, so has their blend: a channel that is the largest in each of
-    four rows is the largest in every mean of them. The other pixels blend their rows.
+    Where the four neighbours have the same label, so has their blend: a channel that is the largest in each
+    of four rows is the largest in every mean of them. The other pixels blend their rows.
     """
     lines = [labels[y] for y in (vertical.first, vertical.second)]
     a, b, c, d = (line[:, x] for line in lines for x in (horizontal.first, horizontal.second))
