@@ -110,11 +110,33 @@ struct Accumulator {
             for (int i = 0; i < 4; ++i) value[n][i] = 0.0f;
         }
     }
+
+    // The two rows that a lane holds, each times its own factor.
+    GVIT_DEVICE void scale_rows(const float (&factor)[2]) {
+        GVIT_UNROLL
+        for (int n = 0; n < kBlocks; ++n) {
+            GVIT_UNROLL
+            for (int i = 0; i < 4; ++i) value[n][i] *= factor[i / 2];
+        }
+    }
 };
 
 // Where value[n][i] lies in the 16 x 8 kBlocks result.
 GVIT_DEVICE int fragment_row(int i) { return lane_index() / 4 + 8 * (i / 2); }
 GVIT_DEVICE int fragment_column(int n, int i) { return 8 * n + 2 * (lane_index() % 4) + i % 2; }
+
+// Writes a result to shared memory, rounded to T.
+template <int kBlocks, class T>
+GVIT_DEVICE void put_fragment(const Accumulator<kBlocks>& sum, T* to, int stride) {
+    GVIT_UNROLL
+    for (int n = 0; n < kBlocks; ++n) {
+        GVIT_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+            const Pack<T, 2> pair{{from_float<T>(sum.value[n][i]), from_float<T>(sum.value[n][i + 1])}};
+            *reinterpret_cast<Pack<T, 2>*>(to + fragment_row(i) * stride + fragment_column(n, i)) = pair;
+        }
+    }
+}
 
 // float32 without tensor cores (their float32 has 10 bits): each lane sums what it holds.
 template <Sum kA, Sum kB, int kBlocks>

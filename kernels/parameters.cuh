@@ -43,6 +43,7 @@ struct AttentionParams {
     Matrices query, key, value, output;
     void* lse;
     Matrices grad_output, grad_query, grad_key, grad_value;  // backward only
+    float* workspace;                                        // CUDA backward only: workspace_floats(params)
     index_t samples, heads, groups, tokens, depth;
     double scale;
     Storage storage;
@@ -59,6 +60,7 @@ struct AssignParams {
     void* lse;
     Matrices grad_output, grad_query, grad_key, grad_value;  // backward only; grad_value as value
     void* grad_bias;                                         // backward only; null where bias is
+    float* workspace;                                        // CUDA backward only: workspace_floats(params)
     index_t samples, groups, tokens, channels;
     double scale, tau, eps;
     bool hard;

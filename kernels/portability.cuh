@@ -20,8 +20,11 @@
 
 #define GVIT_HD __host__ __device__ __forceinline__
 #define GVIT_DEVICE __device__ __forceinline__
-#define GVIT_GLOBAL(max_threads) __global__ void __launch_bounds__(max_threads)
+// GVIT_GLOBAL(threads) or GVIT_GLOBAL(threads, blocks): the most threads of a block, and how many blocks a
+// multiprocessor shall hold at least (which bounds the registers).
+#define GVIT_GLOBAL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define GVIT_UNROLL _Pragma("unroll")
+#define GVIT_NO_UNROLL _Pragma("unroll 1")
 
 // A barrier for all threads of the block.
 #define GVIT_SYNC() __syncthreads()
@@ -40,6 +43,8 @@
 #define GVIT_PASS_WHERE
 
 namespace gvit {
+
+constexpr int64_t kMaxBlocks = 0x7FFFFFFF;  // along x
 
 // More than 48 KB of shared memory must be asked for, once per kernel and device. A failure stays in
 // cudaGetLastError, as for a launch.

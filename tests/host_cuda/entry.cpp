@@ -33,3 +33,5 @@ const char* guarded(const Call& call) {
 GVIT_EXPORT const char* gvit_host_probe(const char* name, float* data) {
     return guarded([&] { gvit::launch_probe(name, data); });
 }
+
+GVIT_ENTRY(group_attention, AttentionParams)

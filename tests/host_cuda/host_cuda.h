@@ -109,10 +109,16 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 
 }  // namespace gvit::host
 
+namespace gvit {
+// So few that every loop over work items goes round.
+constexpr int64_t kMaxBlocks = 3;
+}  // namespace gvit
+
 #define GVIT_HD inline
 #define GVIT_DEVICE inline
-#define GVIT_GLOBAL(max_threads) inline void
+#define GVIT_GLOBAL(...) inline void
 #define GVIT_UNROLL
+#define GVIT_NO_UNROLL
 
 #define GVIT_SYNC() ::gvit::host::sync_block(::gvit::host::Where::here())
 #define GVIT_DYNAMIC_SHARED(name) unsigned char* const name = ::gvit::host::dynamic_shared()

@@ -1,0 +1,129 @@
+// Tiles of a matrix in shared memory, the pipeline that streams them there, and the way back.
+//
+// A tile row is 128 bytes, whatever the element, plus 16 so that the eight rows which one matrix load reads
+// fall into different banks.
+#pragma once
+
+#include "mma.cuh"
+#include "parameters.cuh"
+
+namespace gvit {
+
+constexpr int kTileRows = 64;
+template <class T>
+constexpr int kTileColumns = 128 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kTileStride = kTileColumns<T> + kPackSize<T>;
+template <class T>
+constexpr int kTileSize = kTileRows * kTileStride<T>;
+
+// A matrix in global memory with contiguous rows. A single sample fits 31-bit rows and columns; where it lies,
+// and how far its rows are apart, need 64.
+template <class T>
+struct Rows {
+    T* start;
+    index_t stride;
+    int rows, columns;
+
+    GVIT_DEVICE T* row(int i) const { return start + i * stride; }
+    // Whether every row can be moved 16 bytes at a time.
+    GVIT_DEVICE bool packed() const { return can_pack(start, columns) && stride % kPackSize<T> == 0; }
+};
+
+template <class T>
+GVIT_DEVICE Rows<T> rows_of(const Matrices& from, index_t sample, index_t head, index_t rows, index_t columns) {
+    return {static_cast<T*>(from.data) + sample * from.batch + head * from.head, from.row, static_cast<int>(rows),
+            static_cast<int>(columns)};
+}
+
+struct InOrder {
+    GVIT_DEVICE int operator()(int row) const { return row; }
+};
+
+// Starts to fill a tile with rows first_row.. and columns first_column..; what lies outside becomes zero. It is
+// complete for all threads after async_wait and a barrier. Row r of the tile is row first_row + order(r).
+template <int kThreads, int kRows = kTileRows, class T, class Order = InOrder>
+GVIT_DEVICE void load_tile(T* tile, const Rows<const T>& from, int first_row, int first_column,
+                           const Order& order = {}) {
+    constexpr int pack = kPackSize<T>, packs = kTileColumns<T> / pack;
+    if (from.packed()) {
+        GVIT_UNROLL
+        for (int i = thread_index(); i < kRows * packs; i += kThreads) {
+            const int row = first_row + order(i / packs), column = first_column + i % packs * pack;
+            const bool inside = row < from.rows && column < from.columns;
+            async_copy(tile + i / packs * kTileStride<T> + i % packs * pack,
+                       inside ? from.row(row) + column : from.start, inside);
+        }
+        return;
+    }
+    GVIT_NO_UNROLL
+    for (int i = thread_index(); i < kRows * kTileColumns<T>; i += kThreads) {
+        const int row = first_row + order(i / kTileColumns<T>), column = first_column + i % kTileColumns<T>;
+        const bool inside = row < from.rows && column < from.columns;
+        tile[i / kTileColumns<T> * kTileStride<T> + i % kTileColumns<T>] =
+            inside ? from.row(row)[column] : from_float<T>(0.0f);
+    }
+}
+
+// Streams the steps of a loop through kSlots slots of shared memory: load(slot), called once a step and in order,
+// starts to fill a slot; next() waits for the coming step and gives its slot, which is the reader's until the next
+// call. The slots must be free when the pipeline is made (a barrier after their last use).
+template <int kSlots, class Load>
+class Pipeline {
+  public:
+    GVIT_DEVICE Pipeline(int steps, const Load& load) : to_start_(steps), load_(load) {
+        for (int slot = 0; slot < kSlots - 1; ++slot) start(slot);
+    }
+
+    GVIT_DEVICE int next() {
+        async_wait<kSlots - 2>();
+        GVIT_SYNC();
+        const int slot = slot_;
+        start((slot + kSlots - 1) % kSlots);
+        slot_ = (slot + 1) % kSlots;
+        return slot;
+    }
+
+  private:
+    GVIT_DEVICE void start(int slot) {
+        if (to_start_-- > 0) load_(slot);
+        async_commit();  // an empty group too, so that the count of the wait stays right
+    }
+
+    int to_start_, slot_ = 0;
+    Load load_;
+};
+
+template <int kSlots, class Load>
+GVIT_DEVICE Pipeline<kSlots, Load> make_pipeline(int steps, const Load& load) {
+    return {steps, load};
+}
+
+// Writes a warp's result to rows first_row + order(0..15) and columns first_column.. of `to`, by way of the warp's
+// own `scratch` [16, scratch_stride], so that the stores are 16 bytes each.
+template <int kBlocks, class T, class Order = InOrder>
+GVIT_DEVICE void store_rows(const Accumulator<kBlocks>& sum, T* scratch, int scratch_stride, const Rows<T>& to,
+                            int first_row, int first_column, const Order& order = {}) {
+    sync_warp();
+    put_fragment(sum, scratch, scratch_stride);
+    sync_warp();
+    constexpr int packs = 8 * kBlocks / kPackSize<T>;
+    const bool packed = to.packed();
+    for (int i = lane_index(); i < 16 * packs; i += kWarpSize) {
+        const int row = first_row + order(i / packs);
+        const int column = first_column + i % packs * kPackSize<T>;
+        if (row >= to.rows) continue;
+        const T* const source = scratch + i / packs * scratch_stride + i % packs * kPackSize<T>;
+        T* const target = to.row(row) + column;
+        using Packed = Pack<T, kPackSize<T>>;
+        if (packed) {
+            if (column < to.columns) *reinterpret_cast<Packed*>(target) = *reinterpret_cast<const Packed*>(source);
+            continue;
+        }
+        for (int k = 0; k < kPackSize<T>; ++k) {
+            if (column + k < to.columns) target[k] = source[k];
+        }
+    }
+}
+
+}  // namespace gvit

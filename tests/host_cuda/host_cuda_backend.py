@@ -1,0 +1,108 @@
+"""The operators' CUDA sources as a back end on CPU tensors: the same functions as `torch.ops.groupvit_fast`.
+
+Each function checks nothing (the entry points of csrc/ do that, and are tested elsewhere); it lays out the
+results, registers every tensor with the host run, launches, and returns what the operator returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from host_cuda_library import Library, library
+from torch import Tensor
+
+STORAGE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Matrices(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64)]
+
+
+def _struct(name: str, **fields: object) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+AttentionParams = _struct(
+    "AttentionParams",
+    **dict.fromkeys(("query", "key", "value", "output"), Matrices),
+    lse=ctypes.c_void_p,
+    **dict.fromkeys(("grad_output", "grad_query", "grad_key", "grad_value"), Matrices),
+    workspace=ctypes.c_void_p,
+    **dict.fromkeys(("samples", "heads", "groups", "tokens", "depth"), ctypes.c_int64),
+    scale=ctypes.c_double,
+    storage=ctypes.c_int,
+)
+
+
+class Launch:
+    """Collects the tensors of one launch: what may be read, what may be written."""
+
+    def __init__(self, on: Library | None = None) -> None:
+        self._library = on or library()
+        self._tensors: list[tuple[str, int, int, bool, bool]] = []
+        self._kept: list[Tensor] = []
+
+    def _register(self, name: str, tensor: Tensor, writable: bool) -> int:
+        if tensor.numel() == 0:
+            return tensor.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        size = (last + 1) * tensor.element_size()
+        self._kept.append(tensor)
+        self._tensors.append((name, tensor.data_ptr(), size, writable, not writable))
+        return tensor.data_ptr()
+
+    def pointer(self, name: str, tensor: Tensor | None, *, result: bool = False) -> int | None:
+        """A tensor that the kernel takes as one contiguous array."""
+        if tensor is None:
+            return None
+        return self._register(name, tensor if result else tensor.contiguous(), result)
+
+    def matrices(self, name: str, tensor: Tensor | None, *, result: bool = False) -> Matrices:
+        """A tensor of matrices with any strides but that of the last dimension."""
+        if tensor is None:
+            return Matrices(None, 0, 0, 0)
+        if not result and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            tensor = tensor.contiguous()
+        head = tensor.stride(1) if tensor.dim() == 4 else 0
+        return Matrices(self._register(name, tensor, result), tensor.stride(0), head, tensor.stride(-2))
+
+    def run(self, operator: str, params: ctypes.Structure) -> None:
+        self._library.register(self._tensors)
+        self._library.call(operator, ctypes.byref(params))
+
+
+def _heads_last(like: Tensor, rows: int) -> Tensor:
+    """A result [B, H, rows, D] in memory order [B, rows, H, D]."""
+    batch, heads, _, depth = like.shape
+    return like.new_empty(batch, rows, heads, depth).transpose(1, 2)
+
+
+def _attention_params(launch: Launch, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionParams:
+    batch, heads, groups, depth = query.shape
+    return AttentionParams(
+        query=launch.matrices("query", query),
+        key=launch.matrices("key", key),
+        value=launch.matrices("value", value),
+        samples=batch,
+        heads=heads,
+        groups=groups,
+        tokens=key.shape[2],
+        depth=depth,
+        scale=scale,
+        storage=STORAGE[query.dtype],
+    )
+
+
+def group_attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, on: Library | None = None
+) -> tuple[Tensor, Tensor]:
+    launch = Launch(on)
+    params = _attention_params(launch, query, key, value, scale)
+    output = _heads_last(query, query.shape[2])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    params.output = launch.matrices("output", output, result=True)
+    params.lse = launch.pointer("lse", lse, result=True)
+    if output.numel() > 0:
+        launch.run("group_attention", params)
+    return output, lse
