@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step_00000500/
         model.safetensors, config.json   the model, for every command that takes a checkpoint
+        README.md                        what it is, for people
         trainer.pt                       optimiser, data position, counters: what only a resumed run needs
         SHA256SUMS                       of the others, as `sha256sum -c` reads it
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -22,21 +22,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from groupvit_fast.console import UserError
+from groupvit_fast.model.checkpoint_files import read_checkpoint
+from groupvit_fast.model.checkpoint_write import our_files, write_file
 from groupvit_fast.model.groupvit import GroupViT
 
 SUMS = "SHA256SUMS"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
-def save(root: Path, step: int, model: GroupViT, state: dict[str, Any], *, keep: int) -> Path:
+def save(
+    root: Path, step: int, model: GroupViT, state: dict[str, Any], *, keep: int, about: dict[str, Any]
+) -> Path:
     """Write the checkpoint of `step` below `root`; then remove all but the `keep` newest, and any later ones.
 
-    Later ones are those of a future that this run has left by resuming from an earlier step. A full disk
-    or a forbidden folder is a `UserError`; the checkpoints that exist stay.
+    Later ones are those of a future that this run has left by resuming from an earlier step. `about` goes
+    into config.json and says where the weights come from. A full disk or a forbidden folder is a
+    `UserError`; the checkpoints that exist stay.
     """
     final = root / f"step_{step:08d}"
     temporary = root / f".writing-{final.name}"
@@ -44,7 +48,10 @@ def save(root: Path, step: int, model: GroupViT, state: dict[str, Any], *, keep:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".*-step_*"):
             shutil.rmtree(leftover)
-        _write_folder(temporary, _contents(model, state))
+        temporary.mkdir()
+        for name, content in _contents(model, state, about).items():
+            write_file(temporary / name, content)
+        _flush(temporary)
         if final.exists():
             _remove(final)
         os.rename(temporary, final)
@@ -121,18 +128,18 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, model: GroupViT) -> None:
-    """Fill `model` with the weights of a step folder; another configuration or shape is a `UserError`."""
-    saved = _flat(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"])
-    wanted = _flat(json.loads(json.dumps(model.config.to_dict())))
-    different = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+    """Fill `model` with the weights of a step folder; one of another configuration is a `UserError`."""
+    saved = read_checkpoint(folder)
+    there, here = _flat(saved.config.to_dict()), _flat(model.config.to_dict())
+    different = [name for name in here if there[name] != here[name]]
     if different:
         name = different[0]
         more = f" and {len(different) - 1} more settings differ" if len(different) > 1 else ""
         raise UserError(
-            f"{folder} holds another model: its {name} is {saved.get(name)}, here it is {wanted.get(name)}"
-            f"{more}; resume with the preset and --model settings it was trained with"
+            f"{folder} holds another model: its {name} is {there[name]}, here it is {here[name]}{more}; "
+            "resume with the preset and --model settings it was trained with"
         )
-    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    model.load_state_dict(saved.state)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -142,28 +149,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _contents(model: GroupViT, state: dict[str, Any]) -> dict[str, bytes]:
+def _contents(model: GroupViT, state: dict[str, Any], about: dict[str, Any]) -> dict[str, bytes]:
     """The files of a checkpoint, made in memory: then a full disk is a plain OSError of our own write."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    description = {"format": "groupvit_fast", "version": 1, "model": model.config.to_dict()}
     trainer = io.BytesIO()
     torch.save(state, trainer)
-    return {
-        "model.safetensors": safetensors.torch.save(weights),
-        "config.json": json.dumps(description, indent=2).encode(),
-        "trainer.pt": trainer.getvalue(),
-    }
-
-
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    files = {**our_files(weights, model.config, about), "trainer.pt": trainer.getvalue()}
     sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
-    folder.mkdir()
-    for name, content in {**files, SUMS: sums.encode()}.items():
-        with open(folder / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    _flush(folder)
+    return {**files, SUMS: sums.encode()}
 
 
 def _flush(folder: Path) -> None:

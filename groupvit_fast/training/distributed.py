@@ -20,6 +20,10 @@ from torch import Tensor
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: longer than an evaluation, during which only rank 0 works."""
 
+# torch 2.13 renamed the two and warns about the old names, which 2.10 needs
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class World:
@@ -66,7 +70,7 @@ def gather(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     everyone = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_into_tensor(everyone, tensor.contiguous())
+    _all_gather(everyone, tensor.contiguous())
     return everyone
 
 
@@ -79,7 +83,7 @@ class _GatherWithGrad(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Each process's loss depends on every process's features: sum over the losses, keep our rows."""
         own = gradient.new_empty(gradient.shape[0] // world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        _reduce_scatter(own, gradient.contiguous())
         return own
 
 

@@ -36,6 +36,7 @@ def parse(argv: Sequence[str] | None, *, program: str, description: str, epilog:
     shown = _shown_recipe(argv)
     parser = _Parser(
         prog=program,
+        usage=f"{program} [options]",
         description=description,
         epilog=epilog,
         allow_abbrev=False,
@@ -56,6 +57,8 @@ def parse(argv: Sequence[str] | None, *, program: str, description: str, epilog:
     )
     group.add_argument("--print-config", action="store_true", help="print the resolved options and stop")
     given, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(f"unexpected argument {unknown[0]!r}: every option has a name (--help lists all)")
     if unknown:
         flags = [flag(name) for name in FIELDS] + ["--config", "--print-config", "--help"]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.0)

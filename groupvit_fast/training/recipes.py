@@ -82,11 +82,17 @@ class TrainConfig:
     max_bad_steps: int = option(10, "give up after so many steps in a row with a non-finite loss or gradient")
 
     eval_data: Path | None = option(
-        None, "held-out folder in Pascal VOC layout (default: that of shapes)", metavar="DIR"
+        None,
+        "folder of labelled held-out images (default: those of shapes, else no evaluation)",
+        metavar="DIR",
+    )
+    eval_dataset: str = option(
+        "voc-folder", "layout and classes of --eval-data, as of groupvit_fast.evaluate"
     )
     eval_protocol: str | None = option(
-        None, "evaluation protocol (default: shapes for shapes, else official)"
+        None, "evaluation protocol (default: shapes for models below 128 px, else official)"
     )
+    eval_background_threshold: float | None = option(None, "score below which a pixel is background")
     eval_every: int | None = option(None, "evaluate every so many steps, besides before and after")
     save_every: int = option(500, "steps between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints to keep")
@@ -160,13 +166,13 @@ def groupvit_gcc_yfcc() -> TrainConfig:
     """
     return TrainConfig(
         preset="groupvit-gcc-yfcc",
-        epochs=30,
+        epochs=30.0,
         batch_size=256,
         lr=1.6e-3,
         lr_batch=4096,
         min_lr=4e-5,
         warmup_lr=4e-6,
-        warmup_epochs=2,
+        warmup_epochs=2.0,
         weight_decay=0.05,
         clip_grad=5.0,
         multi_label=3,

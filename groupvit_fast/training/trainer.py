@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,9 +88,9 @@ class Trainer:
     def fit(self) -> int | None:
         """Train to the last step or until a signal, which is returned; either way the state is saved."""
         self._open()
-        with Interruption() as interruption:
+        with Interruption() as interruption, closing(self.progress), closing(iter(self.loader)) as batches:
             self.evaluate_if_due()
-            batches, stop = iter(self.loader), StopAgreement()
+            stop = StopAgreement()
             self.clock.restart()
             while self.step < self.steps and not stop.reached(interruption.signal is not None):
                 self.train_step(self.clock.next(batches))
@@ -102,7 +103,6 @@ class Trainer:
                 self.evaluate_if_due()
             if self.saved_step != self.step:
                 self.save()
-        self.progress.close()
         return interruption.signal if self.step < self.steps else None
 
     def train_step(self, batch: Batch) -> None:
@@ -151,7 +151,6 @@ class Trainer:
         self.progress.show(record)
         in_a_row = int(self.optimizer.bad_in_a_row.item())
         if in_a_row >= self.config.max_bad_steps:
-            self.progress.close()
             raise UserError(self._diagnosis(in_a_row))
 
     def evaluate_if_due(self) -> None:
@@ -188,8 +187,9 @@ class Trainer:
                 "ranks": ranks,
             }
             folder = self.output / "checkpoints"
+            about = {"preset": self.config.preset, "step": self.step}
             self.checkpoint = checkpoint.save(
-                folder, self.step, self.model, state, keep=self.config.keep_checkpoints
+                folder, self.step, self.model, state, keep=self.config.keep_checkpoints, about=about
             )
         self.saved_step = self.step
         self.clock.proceed(paused)
@@ -227,7 +227,7 @@ class Trainer:
                 model = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             devices = [self.world.local_rank] if self.device == "cuda" else None
             model = nn.parallel.DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, device_ids=devices, gradient_as_bucket_view=True
             )
         return torch.compile(model) if self.config.compile else model
 

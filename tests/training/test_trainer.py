@@ -26,8 +26,8 @@ MODEL = ModelConfig(
     embed_dim=8,
     projector_hidden=12,
 )  # fmt: skip
-CONFIG = TrainConfig(steps=12, batch_size=6, lr=1e-2, warmup_steps=3, multi_label=2, log_every=4, save_every=6,
-                     max_bad_steps=3, quiet=True)  # fmt: skip
+CONFIG = TrainConfig(steps=12, batch_size=6, lr=1e-2, warmup_steps=3, multi_label=2, log_every=4,
+                     save_every=6, max_bad_steps=3, quiet=True)  # fmt: skip
 
 
 @dataclass
@@ -104,6 +104,7 @@ def test_loss_falls_and_the_run_folder_is_complete(tmp_path):
         "model.safetensors",
         "config.json",
         "trainer.pt",
+        "README.md",
         "SHA256SUMS",
     }
     assert ModelConfig.from_dict(json.loads((step / "config.json").read_text())["model"]) == MODEL
@@ -149,7 +150,7 @@ def ask(spoil, stop, batch):
 
 
 def test_a_killed_run_repeats_what_was_lost(tmp_path):
-    """Killed without warning at step 10: metrics after the checkpoint of step 6 are written anew, a torn line too."""
+    """Killed at step 10: metrics after the checkpoint of step 6 are written anew, a torn line goes."""
 
     def die(batch):
         raise RuntimeError("killed")
