@@ -111,7 +111,8 @@ def read_checkpoint(path: str | Path, *, partial: bool = False) -> Checkpoint:
             f"{path}: does not fit its model: {describe(report)}; convert it with --partial to accept that"
         )
     if len(state) < len(expected):
-        state = {**create_model(config, seed=0).state_dict(), **state}
+        dtype = next((value.dtype for value in state.values() if value.is_floating_point()), None)
+        state = {**create_model(config, seed=0).to(dtype=dtype).state_dict(), **state}
     about = {**run_notes(path), **source.about}
     return Checkpoint(source.layout, config, state, report, about, source.placeholders)
 

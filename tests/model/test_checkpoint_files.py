@@ -214,9 +214,9 @@ def test_what_does_not_fit_is_listed_shortly(model, tmp_path):
 
 
 def test_partial_fills_what_is_missing(model, tmp_path):
-    path = damaged(model, tmp_path / "odd", lambda state: state.pop("image_encoder.norm.weight"))
+    path = damaged(model.half(), tmp_path / "odd", lambda state: state.pop("image_encoder.norm.weight"))
     loaded = load_model(path, partial=True)
-    assert torch.equal(loaded.image_encoder.norm.weight, torch.ones(32))
+    assert torch.equal(loaded.image_encoder.norm.weight, torch.ones(32, dtype=torch.float16))
     assert torch.equal(loaded.logit_scale, model.logit_scale)
 
 
