@@ -10,7 +10,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ASK = "from importlib.util import find_spec as f; s = f('torch'); print(*s.submodule_search_locations if s else '')"
+ASK = """
+from importlib.util import find_spec
+torch = find_spec("torch")
+print(torch.submodule_search_locations[0] if torch else "")
+"""
 # -I: the environment alone; -E: also the user's own site directory; nothing: also pip's overlay.
 TRIES = (["-I"], ["-E"], [])
 
