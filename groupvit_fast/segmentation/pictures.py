@@ -8,7 +8,6 @@ repeating pixels, so that a small image stays honest about its resolution.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +171,7 @@ def labelled_overlay(
     text_size = max(14, min(size) // 28)
     write_names(photo, large, ["" if background and k == 0 else name for k, name in enumerate(names)],
                 text_size=text_size)  # fmt: skip
-    present = [k for k in range(len(names)) if (labels == k).any()]
+    present = [k for k in np.unique(labels) if k or not background] or [0]
     key = legend([names[k] for k in present], colours[present], size[1], text_size=text_size)
     picture = Image.new("RGB", (size[1], size[0] + 10 + key.height), PAPER)
     picture.paste(photo, (0, 0))
@@ -263,11 +262,10 @@ def mask_picture(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
 def save_atomically(picture: Image.Image, path: Path) -> None:
     """Write a PNG so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format="PNG")
+        picture.save(temporary, format="PNG")
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from groupvit_fast.console import UserError
+from groupvit_fast.segmentation.prompts import TEMPLATE_SETS
 
 MODES = ("whole", "slide")
 CLASS_SCORES = ("gated", "softmax")
@@ -29,7 +30,7 @@ class Protocol:
     """`slide`: windows of `crop` pixels every `stride` pixels; `whole`: the resized image is one window."""
     crop: int = 448
     stride: int = 224
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    templates: tuple[str, ...] = TEMPLATE_SETS["simple"]
     normalise_each_template: bool = False
     """Normalise every sentence before averaging over templates, instead of averaging raw projections."""
     class_scores: str = "gated"
@@ -180,7 +181,55 @@ def shapes() -> Protocol:
     )
 
 
-PROTOCOLS = {"official": official, "shapes": shapes}
+def paper() -> Protocol:
+    """The numbers of the paper's text, which differ from the released configuration."""
+    return replace(
+        official(),
+        name="paper",
+        source="GroupViT paper, section 4.1: templates and thresholds; windows not stated, so the release's",
+        templates=TEMPLATE_SETS["clip"],
+        background_thresholds={"voc21": 0.9, "context60": 0.5},
+    )
+
+
+def tcl() -> Protocol:
+    """The unified evaluation of TCL: nine templates and one background score for every dataset."""
+    return replace(
+        official(),
+        name="tcl",
+        source="TCL release, configs/eval.yml without PAMR refinement; class scores stay GroupViT's",
+        templates=(*TEMPLATE_SETS["subset"], "a photo of many {}.", "a photo of {}s."),
+        background_rule="constant",
+        background_thresholds={"voc21": 0.5, "context60": 0.5, "coco_object": 0.5},
+    )
+
+
+def ovsegmentor() -> Protocol:
+    """OVSegmentor's configuration: the release's, with another threshold for COCO."""
+    return replace(
+        official(),
+        name="ovsegmentor",
+        source="OVSegmentor release, segmentation configs",
+        background_thresholds={"voc21": 0.95, "context60": 0.35, "coco_object": 0.9},
+    )
+
+
+def segclip() -> Protocol:
+    """SegCLIP's configuration: small images, windows side by side."""
+    return replace(
+        official(),
+        name="segclip",
+        source="SegCLIP release, segmentation configs; class scores stay GroupViT's",
+        short_side=224,
+        crop=224,
+        stride=224,
+        background_thresholds={"voc21": 0.80, "context60": 0.25, "coco_object": 0.65},
+    )
+
+
+PROTOCOLS: dict[str, Callable[[], Protocol]] = {
+    make.__name__: make for make in (official, shapes, paper, tcl, ovsegmentor, segclip)
+}
 
 
 def protocol(name: str) -> Protocol:

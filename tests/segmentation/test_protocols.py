@@ -19,6 +19,24 @@ def test_official_numbers():
     assert official.background_thresholds == {"voc21": 0.95, "context60": 0.35, "coco_object": 0.95}
 
 
+@pytest.mark.parametrize(
+    ("name", "templates", "side", "rule", "voc", "context"),
+    [
+        ("paper", 80, 448, "capped", 0.9, 0.5),
+        ("tcl", 9, 448, "constant", 0.5, 0.5),
+        ("ovsegmentor", 1, 448, "capped", 0.95, 0.35),
+        ("segclip", 1, 224, "capped", 0.8, 0.25),
+    ],
+)
+def test_numbers_of_other_protocols(name, templates, side, rule, voc, context):
+    chosen = protocol(name)
+    assert (len(chosen.templates), chosen.short_side, chosen.background_rule) == (templates, side, rule)
+    assert (chosen.background_thresholds["voc21"], chosen.background_thresholds["context60"]) == (
+        voc,
+        context,
+    )
+
+
 def test_resolve_takes_the_threshold_of_the_dataset():
     resolved = protocol("official").resolve(dataset="context60", background=True, image_size=224)
     assert resolved.background_threshold == 0.35
