@@ -21,6 +21,8 @@ PAPER = (255, 255, 255)
 INK = (32, 33, 36)
 QUIET = (110, 114, 120)
 TILE = 208
+MIN_SIDE = 480
+MAX_SIDE = 1920
 GAP = 8
 MARGIN = 20
 TITLES = ("input", "truth", "prediction", "final groups")
@@ -150,20 +152,16 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int, *, text_size: 
 
 
 def labelled_overlay(
-    image: np.ndarray,
-    labels: np.ndarray,
-    names: Sequence[str],
-    *,
-    background: bool = False,
-    min_side: int = 480,
+    image: np.ndarray, labels: np.ndarray, names: Sequence[str], *, background: bool = False
 ) -> Image.Image:
     """The picture of one segmented photo: overlay, names on the regions, legend of the classes that occur.
 
+    Small photos are enlarged so that names can be read, very large ones reduced to `MAX_SIDE` pixels.
     background: label 0 is background, which is left uncoloured and unnamed.
     """
     height, width = image.shape[:2]
-    factor = max(1.0, min_side / min(height, width))
-    size = round(height * factor), round(width * factor)
+    factor = min(max(1.0, MIN_SIDE / min(height, width)), MAX_SIDE / max(height, width))
+    size = max(1, round(height * factor)), max(1, round(width * factor))
     colours = class_colours(len(names), background=background)
     large = enlarge(labels, size, smooth=False)
     mixed = overlay(enlarge(image, size, smooth=True), large, colours, clear=0 if background else None)

@@ -147,6 +147,12 @@ def test_labelled_overlay_is_large_enough_to_read():
     assert np.asarray(picture)[-20:].std() > np.asarray(legend_only_for)[-20:].std()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3000, 4000), (2, 3000), (5000, 3)])
+def test_labelled_overlay_of_any_shape(shape):
+    picture = labelled_overlay(np.zeros((*shape, 3), np.uint8), np.zeros(shape, int), ["sea"])
+    assert max(picture.size) <= pictures.MAX_SIDE + 60
+
+
 def test_mask_picture_holds_the_labels():
     buffer = io.BytesIO()
     pictures.mask_picture(HALVES, class_colours(2)).save(buffer, "PNG")
