@@ -15,13 +15,13 @@ def class_colours(count: int, *, background: bool = False) -> np.ndarray:
 
     Hues step by the golden angle, which never repeats; lightness takes five levels in turn.
     """
-    colours = _lch_colours(count - background, (0.68, 0.55, 0.80, 0.61, 0.74), 0.155, start=25.0)
+    colours = _lch_colours(count - background, (0.68, 0.60, 0.52, 0.83, 0.76), 0.155, start=25.0)
     return np.concatenate([np.array([BACKGROUND_COLOUR], np.uint8), colours]) if background else colours
 
 
 def group_colours(count: int) -> np.ndarray:
     """Paler colours of other hues than `class_colours`: a group is not a class."""
-    return _lch_colours(count, (0.82, 0.64, 0.90, 0.52, 0.73), 0.085, start=230.0)
+    return _lch_colours(count, (0.74, 0.64, 0.54, 0.92, 0.83), 0.085, start=230.0)
 
 
 def _lch_colours(count: int, levels: Sequence[float], chroma: float, start: float) -> np.ndarray:
