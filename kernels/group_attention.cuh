@@ -26,8 +26,6 @@ constexpr int kAttendTiles = kAttendColumns / kTileColumns<T>;
 constexpr int kAttendResident = 4;
 template <bool kResident>
 constexpr int kAttendSlots = kResident ? 4 : 2;
-template <class T>
-constexpr int kWeightStride = kTileRows + kPackSize<T>;
 
 template <class T, int kWarps, bool kResident>
 size_t attend_shared_bytes(index_t depth) {
@@ -105,7 +103,7 @@ GVIT_HD index_t attend_items(const AttentionParams& p, int rows) {
 
 template <class T, int kTiles, int kBlocks>
 GVIT_DEVICE void finish_attention(const AttentionParams& p, const AttendItem& item, const RunningSoftmax& softmax,
-                                  Accumulator<kBlocks> (&output)[kTiles], T* scratch) {
+                                  Accumulator<kBlocks> (&output)[kTiles]) {
     const int first_row = item.first_group + warp_index() * 16;
     float* const lse = static_cast<float*>(p.lse) + item.head * p.groups;
     float inverse[2];
@@ -121,7 +119,7 @@ GVIT_DEVICE void finish_attention(const AttentionParams& p, const AttendItem& it
     GVIT_UNROLL
     for (int t = 0; t < kTiles; ++t) {
         output[t].scale_rows(inverse);
-        store_rows(output[t], scratch, kWeightStride<T>, to, first_row, item.first_column + t * kTileColumns<T>);
+        store_rows(output[t], to, first_row, item.first_column + t * kTileColumns<T>);
     }
 }
 
@@ -189,7 +187,7 @@ attend_kernel(AttentionParams p) {
                                                           kTileStride<T>, kTileRows);
             }
         }
-        finish_attention(p, item, softmax, output, weights);
+        finish_attention<T>(p, item, softmax, output);
     }
 }
 

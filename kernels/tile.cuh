@@ -17,6 +17,10 @@ constexpr int kTileStride = kTileColumns<T> + kPackSize<T>;
 template <class T>
 constexpr int kTileSize = kTileRows * kTileStride<T>;
 
+// The stride of a shared tile of weights, 64 a row.
+template <class T>
+constexpr int kWeightStride = 64 + kPackSize<T>;
+
 // A matrix in global memory with contiguous rows. A single sample fits 31-bit rows and columns; where it lies,
 // and how far its rows are apart, need 64.
 template <class T>
@@ -99,29 +103,66 @@ GVIT_DEVICE Pipeline<kSlots, Load> make_pipeline(int steps, const Load& load) {
     return {steps, load};
 }
 
-// Writes a warp's result to rows first_row + order(0..15) and columns first_column.. of `to`, by way of the warp's
-// own `scratch` [16, scratch_stride], so that the stores are 16 bytes each.
+// Among four neighbouring lanes: lane t's word j becomes lane j's word t.
+GVIT_DEVICE void transpose_quad(uint32_t (&word)[4] GVIT_WHERE) {
+    const bool odd = lane_index() % 2 == 1, upper = lane_index() % 4 >= 2;
+    GVIT_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t other = shuffle_xor(odd ? word[i] : word[i + 1], 1 GVIT_PASS_WHERE);
+        (odd ? word[i] : word[i + 1]) = other;
+    }
+    GVIT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t other = shuffle_xor(upper ? word[i] : word[i + 2], 2 GVIT_PASS_WHERE);
+        (upper ? word[i] : word[i + 2]) = other;
+    }
+}
+
+template <class T, int count>
+GVIT_DEVICE void store_pack(const Pack<T, count>& pack, const Rows<T>& to, int row, int column, bool packed) {
+    if (row >= to.rows) return;
+    T* const target = to.row(row) + column;
+    if (packed) {
+        if (column < to.columns) *reinterpret_cast<Pack<T, count>*>(target) = pack;
+        return;
+    }
+    GVIT_UNROLL
+    for (int k = 0; k < count; ++k) {
+        if (column + k < to.columns) target[k] = pack.element[k];
+    }
+}
+
+// Writes a warp's result, rounded to T, to rows first_row + order(0..15) and columns first_column.. of `to`.
 template <int kBlocks, class T, class Order = InOrder>
-GVIT_DEVICE void store_rows(const Accumulator<kBlocks>& sum, T* scratch, int scratch_stride, const Rows<T>& to,
-                            int first_row, int first_column, const Order& order = {}) {
-    sync_warp();
-    put_fragment(sum, scratch, scratch_stride);
-    sync_warp();
-    constexpr int packs = 8 * kBlocks / kPackSize<T>;
+GVIT_DEVICE void store_rows(const Accumulator<kBlocks>& sum, const Rows<T>& to, int first_row, int first_column,
+                            const Order& order = {}) {
     const bool packed = to.packed();
-    for (int i = lane_index(); i < 16 * packs; i += kWarpSize) {
-        const int row = first_row + order(i / packs);
-        const int column = first_column + i % packs * kPackSize<T>;
-        if (row >= to.rows) continue;
-        const T* const source = scratch + i / packs * scratch_stride + i % packs * kPackSize<T>;
-        T* const target = to.row(row) + column;
-        using Packed = Pack<T, kPackSize<T>>;
-        if (packed) {
-            if (column < to.columns) *reinterpret_cast<Packed*>(target) = *reinterpret_cast<const Packed*>(source);
-            continue;
-        }
-        for (int k = 0; k < kPackSize<T>; ++k) {
-            if (column + k < to.columns) target[k] = source[k];
+    GVIT_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+        const int row = first_row + order(fragment_row(i));
+        if constexpr (sizeof(T) == 4) {
+            // The pairs of four lanes are a sector of 32 bytes.
+            GVIT_UNROLL
+            for (int n = 0; n < kBlocks; ++n) {
+                const Pack<T, 2> pair{{sum.value[n][i], sum.value[n][i + 1]}};
+                store_pack(pair, to, row, first_column + fragment_column(n, 0), packed);
+            }
+        } else {
+            // Four lanes hold four blocks of 8 columns in pairs; after the exchange each holds one block.
+            static_assert(kBlocks % 4 == 0, "blocks are exchanged in fours");
+            GVIT_UNROLL
+            for (int n = 0; n < kBlocks; n += 4) {
+                uint32_t word[4];
+                GVIT_UNROLL
+                for (int j = 0; j < 4; ++j) {
+                    const auto& value = sum.value[n + j];
+                    word[j] = from_float<T>(value[i]).bits | from_float<T>(value[i + 1]).bits << 16;
+                }
+                transpose_quad(word);
+                Pack<T, 8> block;
+                memcpy(&block, word, sizeof block);
+                store_pack(block, to, row, first_column + 8 * (n + lane_index() % 4), packed);
+            }
         }
     }
 }

@@ -35,3 +35,4 @@ GVIT_EXPORT const char* gvit_host_probe(const char* name, float* data) {
 }
 
 GVIT_ENTRY(group_attention, AttentionParams)
+GVIT_ENTRY(gumbel_assign, AssignParams)

@@ -34,6 +34,18 @@ AttentionParams = _struct(
     storage=ctypes.c_int,
 )
 
+AssignParams = _struct(
+    "AssignParams",
+    **dict.fromkeys(("query", "key", "value", "output"), Matrices),
+    **dict.fromkeys(("bias", "noise_key", "index", "count", "lse"), ctypes.c_void_p),
+    **dict.fromkeys(("grad_output", "grad_query", "grad_key", "grad_value"), Matrices),
+    **dict.fromkeys(("grad_bias", "workspace"), ctypes.c_void_p),
+    **dict.fromkeys(("samples", "groups", "tokens", "channels"), ctypes.c_int64),
+    **dict.fromkeys(("scale", "tau", "eps"), ctypes.c_double),
+    hard=ctypes.c_bool,
+    storage=ctypes.c_int,
+)
+
 
 class Launch:
     """Collects the tensors of one launch: what may be read, what may be written."""
@@ -106,3 +118,61 @@ def group_attention_forward(
     if output.numel() > 0:
         launch.run("group_attention", params)
     return output, lse
+
+
+def _assign_params(
+    launch: Launch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    bias: Tensor | None,
+    noise_key: Tensor | None,
+    constants: tuple[float, float, float, bool],
+) -> AssignParams:
+    scale, tau, eps, hard = constants
+    batch, groups, channels = query.shape
+    return AssignParams(
+        query=launch.matrices("query", query),
+        key=launch.matrices("key", key),
+        value=launch.matrices("value", value),
+        bias=launch.pointer("bias", bias),
+        noise_key=launch.pointer("noise_key", noise_key),
+        samples=batch,
+        groups=groups,
+        tokens=key.shape[1],
+        channels=channels,
+        scale=scale,
+        tau=tau,
+        eps=eps,
+        hard=hard,
+        storage=STORAGE[query.dtype],
+    )
+
+
+def gumbel_assign_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    bias: Tensor | None,
+    noise_key: Tensor | None,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    *,
+    on: Library | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    launch = Launch(on)
+    params = _assign_params(launch, query, key, value, bias, noise_key, (scale, tau, eps, hard))
+    batch, groups, _ = query.shape
+    output = torch.empty(query.shape, dtype=query.dtype)
+    index = torch.empty(batch, key.shape[1], dtype=torch.int64)
+    count = torch.empty(batch, groups)
+    lse = torch.empty(batch, key.shape[1])
+    params.output = launch.matrices("output", output, result=True)
+    params.index = launch.pointer("index", index, result=True)
+    params.count = launch.pointer("count", count, result=True)
+    params.lse = launch.pointer("lse", lse, result=True)
+    if batch > 0:
+        launch.run("gumbel_assign", params)
+    return output, index, count, lse

@@ -1,0 +1,35 @@
+// Launch of the gumbel_assign kernels.
+#include "kernels/gumbel_assign.cuh"
+
+#include "csrc/launch_grid.h"
+
+namespace gvit {
+namespace {
+
+index_t pair_tiles(index_t rows) { return ceil_div<index_t>(rows, kPairTile); }
+
+template <class T>
+index_t slices(const AssignParams& p, int chunks) {
+    return ceil_div<index_t>(p.channels, chunks * kTileColumns<T>);
+}
+
+template <class T>
+void launch_average(const AssignParams& p, cudaStream_t stream) {
+    const index_t items = p.samples * pair_tiles(p.groups) * slices<T>(p, kAverageChunks);
+    GVIT_LAUNCH((average_kernel<T>), grid_blocks(items), dim3(kPairThreads), kAverageMemory<T> * sizeof(T), stream, p);
+}
+
+}  // namespace
+
+void launch_gumbel_assign(const AssignParams& p, cudaStream_t stream) {
+    with_float_type(p.storage, [&](auto type) {
+        using T = decltype(type);
+        if (p.tokens > 0) {
+            GVIT_LAUNCH((assign_kernel<T>), grid_blocks(p.samples * pair_tiles(p.tokens)), dim3(kPairThreads),
+                        (kPairMemory<T, 1, kAssignSlots> * sizeof(T)), stream, p);
+        }
+        launch_average<T>(p, stream);
+    });
+}
+
+}  // namespace gvit
