@@ -193,30 +193,24 @@ def grid_picture(
     """
     across = across or (2 if len(examples) >= 4 else 1)
     titles = [name for name in TITLES if name != "truth" or any(item.truth is not None for item in examples)]
-    block = len(titles) * (tile + GAP) - GAP
-    width = 2 * MARGIN + across * block + (across - 1) * 3 * GAP
-    rows = -(-len(examples) // across)
+    step = tile + GAP
+    block = len(titles) * step + 2 * GAP
+    width = 2 * MARGIN + across * block - 3 * GAP
     colours = class_colours(len(names), background=background)
     key = legend(names, colours, width - 2 * MARGIN)
     head = MARGIN + (34 if title else 0)
-    height = head + 26 + rows * (tile + GAP) + GAP + key.height + MARGIN // 2
+    height = head + 26 + -(-len(examples) // across) * step + GAP + key.height + MARGIN // 2
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((MARGIN, MARGIN + 4), title, font=ImageFont.load_default(size=20), anchor="lm", fill=INK)
+    small = ImageFont.load_default(size=15)
     for index, item in enumerate(examples):
-        left = MARGIN + index % across * (block + 3 * GAP)
-        top = head + 26 + index // across * (tile + GAP)
+        y = head + 26 + index // across * step
         for column, part in enumerate(_tiles(item, names, colours, titles, background, tile)):
-            x = left + column * (tile + GAP)
+            x = MARGIN + index % across * block + column * step
             if index < across:
-                draw.text(
-                    (x, head + 10),
-                    titles[column],
-                    font=ImageFont.load_default(size=15),
-                    anchor="lm",
-                    fill=QUIET,
-                )
-            picture.paste(part, (x + (tile - part.width) // 2, top + (tile - part.height) // 2))
+                draw.text((x, head + 10), titles[column], font=small, anchor="lm", fill=QUIET)
+            picture.paste(part, (x + (tile - part.width) // 2, y + (tile - part.height) // 2))
     picture.paste(key, (MARGIN, height - MARGIN // 2 - key.height))
     return picture
 
