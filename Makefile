@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_support/*.py csrc/* kernels/*)
+SOURCES := setup.py CMakeLists.txt $(wildcard build_support/*.py csrc/* kernels/*)
 
 # By environment, so that the pins also hold where pip builds in isolation.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -35,11 +35,15 @@ build: $(VENV)/.built
 # torch first: the package compiles against the one that is there.
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch numpy
+	$(BIN)/python -m pip install torch numpy
 	touch $@
 
-$(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --editable '.[test]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	$(BIN)/python -c "import groupvit_fast as g; print('groupvit_fast', g.build_info())"
 	touch $@
 
