@@ -133,7 +133,7 @@ def _check_target(
         raise ValueError(f"target must be on the device of maps, {maps.device}, got {target.device}")
     if num_classes is None and scores.dim() == 2:
         raise ValueError("num_classes must be given with labels [B, G]: they do not tell how many there are")
-    num_classes = scores.shape[-1] + background if num_classes is None else num_classes
+    num_classes = scores.shape[-1] + int(background) if num_classes is None else num_classes
     if num_classes < 1:
         raise ValueError(f"num_classes must be positive, got {num_classes}")
     return num_classes
