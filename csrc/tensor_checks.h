@@ -78,4 +78,27 @@ inline Tensor dense(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline void check_same_kind(const char* name, const Tensor& tensor, const char* owner, const Tensor& other) {
+    check(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ", owner);
+    check_same_device(name, tensor, owner, other);
+}
+
+// Float64 for float64, float32 for all others: the type of accumulation and of saved statistics.
+inline ScalarType statistic_type(const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Rows with neighbouring elements; the other strides may be anything, such as 0 for an expanded tensor.
+inline Tensor dense_rows(const Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A [B, rows, columns] or [B, H, rows, columns] tensor whose rows are dense.
+inline Matrices matrices(const Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), last == 3 ? tensor.stride(1) : 0,
+            tensor.stride(last - 1)};
+}
+
 }  // namespace gvit

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from . import reference
+from . import library, reference, registration
 from .checks import apply_autocast, check_at_least_one, check_number, check_tensors
 
 
@@ -26,4 +27,51 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float |
     sizes = check_tensors(("query", query, "BHSD"), ("key", key, "BHLD"), ("value", value, "BHLD"))
     check_at_least_one("query", "D", sizes)
     scale = check_number("scale", sizes["D"] ** -0.5 if scale is None else scale)
-    return reference.group_attention(query, key, value, scale=scale)
+    if not registration.runs_native(query):
+        return reference.group_attention(query, key, value, scale=scale)
+    return torch.ops.groupvit_fast.group_attention_forward(query, key, value, scale)[0]
+
+
+def _register() -> None:
+    """Tell PyTorch shapes, gradients and batching of the operator; its schema is in library_cpu.cpp."""
+
+    @registration.fake("group_attention_forward")
+    def _(query, key, value, scale):
+        statistic = registration.statistic_dtype(query)
+        return _heads_last(query), query.new_empty(query.shape[:3], dtype=statistic)
+
+    @registration.fake("group_attention_backward")
+    def _(grad_output, query, key, value, output, lse, scale):
+        return _heads_last(query), _heads_last(key), _heads_last(value)
+
+    torch.library.register_autograd(
+        f"{registration.NAMESPACE}::group_attention_forward", _backward, setup_context=_save
+    )
+    registration.refuse_second_derivative("group_attention")
+    registration.register_batching("group_attention_forward")
+    registration.register_batching("group_attention_backward")
+
+
+def _heads_last(like: Tensor) -> Tensor:
+    """A result [B, H, rows, D] in memory order [B, rows, H, D]: merging the heads is then a view."""
+    batch, heads, rows, depth = like.shape
+    return like.new_empty((batch, rows, heads, depth)).transpose(1, 2)
+
+
+def _save(ctx, inputs, output) -> None:
+    query, key, value, ctx.scale = inputs
+    result, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, result, lse)
+
+
+def _backward(ctx, grad_output, _):
+    if grad_output is None:
+        return None, None, None, None
+    gradients = torch.ops.groupvit_fast.group_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale)
+    return *gradients, None
+
+
+if library.HAS_CPU:
+    _register()

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import reference
+from . import library, reference, registration
 from .checks import apply_autocast, check_at_least_one, check_noise_key, check_number, check_tensors
 from .reference import Assignment
 
@@ -55,9 +55,15 @@ def gumbel_assign(
     scale = check_number("scale", sizes["C"] ** -0.5 if scale is None else scale)
     tau = check_number("tau", tau, above=0.0)
     eps = check_number("eps", eps, at_least=0.0)
-    return reference.gumbel_assign(
-        query, key, value, bias=bias, scale=scale, tau=tau, hard=bool(hard), noise_key=noise_key, eps=eps
+    if not registration.runs_native(query):
+        return reference.gumbel_assign(
+            query, key, value, bias=bias, scale=scale, tau=tau, hard=bool(hard), noise_key=noise_key, eps=eps
+        )
+    own_value = None if value is key else value
+    output, index, count, _ = torch.ops.groupvit_fast.gumbel_assign_forward(
+        query, key, own_value, bias, noise_key, scale, tau, eps, bool(hard)
     )
+    return Assignment(output, index, count)
 
 
 def gumbel_noise(noise_key: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
@@ -96,3 +102,58 @@ def compose_assignments(maps: Sequence[Tensor]) -> Tensor:
     for stage, (earlier, later) in enumerate(pairwise(maps)):
         check_tensors((f"maps[{stage}]", earlier, "BSL"), (f"maps[{stage + 1}]", later, "BGS"))
     return reference.compose_assignments(maps)
+
+
+def _register() -> None:
+    """Tell PyTorch shapes, gradients and batching of the operator; its schema is in library_cpu.cpp."""
+
+    @registration.fake("gumbel_assign_forward")
+    def _(query, key, value, bias, noise_key, scale, tau, eps, hard):
+        batch, groups, channels = query.shape
+        tokens, statistic = key.shape[1], registration.statistic_dtype(query)
+        return (
+            query.new_empty((batch, groups, channels)),
+            query.new_empty((batch, tokens), dtype=torch.int64),
+            query.new_empty((batch, groups), dtype=statistic),
+            query.new_empty((batch, tokens), dtype=statistic),
+        )
+
+    @registration.fake("gumbel_assign_backward")
+    def _(grad_output, query, key, value, bias, noise_key, output, index, count, lse, scale, tau, eps, hard):
+        return (
+            query.new_empty(query.shape),
+            query.new_empty(key.shape),
+            query.new_empty((0,) if value is None else value.shape),
+            query.new_empty((0,) if bias is None else bias.shape),
+        )
+
+    torch.library.register_autograd(
+        f"{registration.NAMESPACE}::gumbel_assign_forward", _backward, setup_context=_save
+    )
+    registration.refuse_second_derivative("gumbel_assign")
+    registration.register_batching("gumbel_assign_forward", fixed=(4,))
+    registration.register_batching("gumbel_assign_backward", fixed=(5,))
+
+
+def _save(ctx, inputs, output) -> None:
+    query, key, value, bias, noise_key, *ctx.constants = inputs
+    result, index, count, lse = output
+    ctx.mark_non_differentiable(index, count, lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, bias, noise_key, result, index, count, lse)
+
+
+def _backward(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * 9
+    query, key, value, bias, *rest = ctx.saved_tensors
+    grad_query, grad_key, grad_value, grad_bias = torch.ops.groupvit_fast.gumbel_assign_backward(
+        grad_output, query, key, value, bias, *rest, *ctx.constants
+    )
+    grad_value = None if value is None else grad_value
+    grad_bias = None if bias is None else grad_bias
+    return grad_query, grad_key, grad_value, grad_bias, None, None, None, None, None
+
+
+if library.HAS_CPU:
+    _register()

@@ -1,0 +1,91 @@
+// Rows of a matrix in the type of accumulation: used in place where they can be, else converted and padded
+// with zeros to whole vectors. Included once per level.
+
+namespace gvit::GVIT_LEVEL {
+
+template <class T>
+constexpr index_t padded(index_t width) {
+    return round_up<index_t>(width, kLanes<T>);
+}
+
+template <class T>
+struct Rows {
+    T* data;
+    index_t row;
+    T* operator[](index_t i) const { return data + i * row; }
+};
+
+// Whether rows of this storage type and width need no copy.
+template <class S>
+bool in_place(index_t width) {
+    using T = accumulate_t<S>;
+    return std::is_same_v<S, T> && width % kLanes<T> == 0;
+}
+
+// `count` rows starting at `from`; `scratch` holds count * padded(width) elements.
+template <class S, class T = accumulate_t<S>>
+Rows<T> read_rows(const S* from, index_t row, index_t count, index_t width, T* scratch) {
+    if constexpr (std::is_same_v<S, T>)
+        if (in_place<S>(width)) return {const_cast<T*>(from), row};
+    const Rows<T> rows{scratch, padded<T>(width)};
+    for (index_t i = 0; i < count; ++i) {
+        for (index_t j = 0; j < width; ++j) rows[i][j] = widen(from[i * row + j]);
+        for (index_t j = width; j < rows.row; ++j) rows[i][j] = 0;
+    }
+    return rows;
+}
+
+// Where `count` result rows are computed: the destination itself or `scratch`, to be followed by write_rows.
+template <class S, class T = accumulate_t<S>>
+Rows<T> result_rows(S* to, index_t row, index_t width, T* scratch) {
+    if constexpr (std::is_same_v<S, T>)
+        if (in_place<S>(width)) return {to, row};
+    return {scratch, padded<T>(width)};
+}
+
+template <class S, class T = accumulate_t<S>>
+void write_rows(Rows<T> rows, S* to, index_t row, index_t count, index_t width) {
+    if (static_cast<const void*>(rows.data) == static_cast<const void*>(to)) return;
+    for (index_t i = 0; i < count; ++i)
+        for (index_t j = 0; j < width; ++j) to[i * row + j] = narrow<S>(rows[i][j]);
+}
+
+template <class T>
+T dot(const T* a, const T* b, index_t padded_width) {
+    Vector<T> sum{};
+    for (index_t j = 0; j < padded_width; j += kLanes<T>) sum += load(a + j) * load(b + j);
+    return sum_lanes<T>(sum);
+}
+
+// to[column][i] = factor * rows[i][column], i padded with zeros to whole vectors: the layout in which a product
+// over `width` has its results along the vector.
+template <class T>
+void transpose_rows(Rows<T> rows, index_t count, index_t width, T factor, T* to, index_t to_row) {
+    constexpr int lanes = kLanes<T>;
+    for (index_t i = 0; i < count; i += lanes) {
+        const int block = static_cast<int>(smaller<index_t>(lanes, count - i));
+        for (index_t j = 0; j < width; j += lanes) {
+            Vector<T> square[lanes] = {};
+            for (int k = 0; k < block; ++k) square[k] = factor * load(rows[i + k] + j);
+            transpose_square<T>(square);
+            for (int k = 0; k < lanes && j + k < width; ++k) store(to + (j + k) * to_row + i, square[k]);
+        }
+    }
+}
+
+// Memory of one thread for one call, in pieces aligned for any vector.
+class Workspace {
+  public:
+    template <class T>
+    T* take(index_t count) {
+        constexpr size_t alignment = 64;
+        pieces_.emplace_back(new unsigned char[count * sizeof(T) + alignment]);
+        const auto address = reinterpret_cast<uintptr_t>(pieces_.back().get());
+        return reinterpret_cast<T*>((address + alignment - 1) / alignment * alignment);
+    }
+
+  private:
+    std::vector<std::unique_ptr<unsigned char[]>> pieces_;
+};
+
+}  // namespace gvit::GVIT_LEVEL

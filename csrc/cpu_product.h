@@ -1,0 +1,81 @@
+// Matrix product of one level, small and register-blocked. Included once per level.
+//
+// Every element is summed over k in ascending order by one thread, so a result never depends on the number of
+// threads or on the tile it was computed in.
+
+namespace gvit::GVIT_LEVEL {
+
+// A matrix whose element (i, j) is data[i * row + j * column].
+template <class T>
+struct Strided {
+    const T* data;
+    index_t row, column;
+};
+
+// c[m][0 .. vectors*lanes) (+)= sum over k of a(m, k) * b[k][...], for `rows` rows kept in registers.
+template <class T, int rows, int vectors>
+GVIT_INLINE void product_block(Strided<T> a, const T* b, index_t b_row, T* c, index_t c_row, index_t depth,
+                               bool accumulate) {
+    constexpr int lanes = kLanes<T>;
+    Vector<T> sum[rows][vectors];
+    for (int m = 0; m < rows; ++m)
+        for (int v = 0; v < vectors; ++v) sum[m][v] = accumulate ? load(c + m * c_row + v * lanes) : Vector<T>{};
+    for (index_t k = 0; k < depth; ++k) {
+        if (k % 16 == 0 && a.column == 1)
+            for (int m = 0; m < rows; ++m) __builtin_prefetch(a.data + (m + rows) * a.row + k);
+        Vector<T> right[vectors];
+        for (int v = 0; v < vectors; ++v) right[v] = load(b + k * b_row + v * lanes);
+        for (int m = 0; m < rows; ++m) {
+            const T left = a.data[m * a.row + k * a.column];
+            for (int v = 0; v < vectors; ++v) sum[m][v] += left * right[v];
+        }
+    }
+    for (int m = 0; m < rows; ++m)
+        for (int v = 0; v < vectors; ++v) store(c + m * c_row + v * lanes, sum[m][v]);
+}
+
+template <class T, int rows, int vectors>
+void product_rows(Strided<T> a, const T* b, index_t b_row, T* c, index_t c_row, index_t count, index_t depth,
+                  bool accumulate) {
+    index_t m = 0;
+    for (; m + rows <= count; m += rows) {
+        const Strided<T> block{a.data + m * a.row, a.row, a.column};
+        product_block<T, rows, vectors>(block, b, b_row, c + m * c_row, c_row, depth, accumulate);
+    }
+    if constexpr (rows > 1) {
+        constexpr int fewer = rows > 6 ? rows / 2 : rows - 1;
+        const Strided<T> rest{a.data + m * a.row, a.row, a.column};
+        if (m < count)
+            product_rows<T, fewer, vectors>(rest, b, b_row, c + m * c_row, c_row, count - m, depth, accumulate);
+    }
+}
+
+// c[m][n] (+)= sum over k of a(m, k) * b[k][n] for n < width, a multiple of the lanes of T.
+template <class T>
+void product(Strided<T> a, const T* b, index_t b_row, T* c, index_t c_row, index_t count, index_t width, index_t depth,
+             bool accumulate) {
+    constexpr int lanes = kLanes<T>;
+    constexpr index_t kDepthTile = 128;  // 128 rows of a panel of b stay in the first-level cache
+    if (depth == 0 && !accumulate)
+        for (index_t m = 0; m < count; ++m) std::memset(c + m * c_row, 0, width * sizeof(T));
+    for (index_t k = 0; k < depth; k += kDepthTile) {
+        const index_t tile = smaller(kDepthTile, depth - k);
+        const Strided<T> left{a.data + k * a.column, a.row, a.column};
+        const T* right = b + k * b_row;
+        const bool add = accumulate || k > 0;
+        index_t n = 0;
+#if GVIT_VECTOR_REGISTERS >= 32
+        for (; n + 4 * lanes <= width; n += 4 * lanes)
+            product_rows<T, 6, 4>(left, right + n, b_row, c + n, c_row, count, tile, add);
+        for (; n + 2 * lanes <= width; n += 2 * lanes)
+            product_rows<T, 8, 2>(left, right + n, b_row, c + n, c_row, count, tile, add);
+        for (; n < width; n += lanes) product_rows<T, 16, 1>(left, right + n, b_row, c + n, c_row, count, tile, add);
+#else
+        for (; n + 2 * lanes <= width; n += 2 * lanes)
+            product_rows<T, 6, 2>(left, right + n, b_row, c + n, c_row, count, tile, add);
+        for (; n < width; n += lanes) product_rows<T, 8, 1>(left, right + n, b_row, c + n, c_row, count, tile, add);
+#endif
+    }
+}
+
+}  // namespace gvit::GVIT_LEVEL

@@ -1,0 +1,130 @@
+// CPU kernel of the gradient of gumbel_assign. Included once per level, after the tile.
+
+namespace gvit::GVIT_LEVEL {
+
+template <class S>
+class AssignBackward : AssignTile<S> {
+    using Base = AssignTile<S>;
+    using T = typename Base::T;
+    using Base::p, Base::groups_row, Base::logits, Base::memory, Base::tile;
+
+    const index_t channels_row = padded<T>(p.channels);
+    T* const query_scratch = memory.template take<T>(p.groups * channels_row);
+    T* const gradient_scratch = memory.template take<T>(p.groups * channels_row);
+    T* const gradient_t = memory.template take<T>(p.channels * groups_row);
+    T* const output_scratch = memory.template take<T>(p.groups * channels_row);
+    T* const value_scratch = memory.template take<T>(tile * channels_row);
+    T* const token_scratch = memory.template take<T>(tile * channels_row);
+    T* const d_assign = memory.template take<T>(tile * groups_row);
+    T* const grad_query = memory.template take<T>(p.groups * channels_row);
+    T* const grad_bias = memory.template take<T>(groups_row);
+    T* const output_dot = memory.template take<T>(groups_row);  // grad_output . output
+    T* const inverse = memory.template take<T>(groups_row);     // 1 / (count + eps)
+    Rows<T> query{}, gradient{};
+
+  public:
+    explicit AssignBackward(const AssignParams& params) : Base(params) {}
+
+    void run(index_t sample) {
+        start(sample);
+        for (index_t first = 0; first < p.tokens; first += tile) {
+            const index_t count = smaller(tile, p.tokens - first);
+            this->load_tile(sample, first, count);
+            Rows<T> values = this->keys;
+            if (p.value.data != nullptr)
+                values = read_rows<S>(Base::at(p.value, sample, first), p.value.row, count, p.channels, value_scratch);
+            product<T>({values.data, values.row, 1}, gradient_t, groups_row, d_assign, groups_row, count, groups_row,
+                       p.channels, false);
+            for (index_t token = 0; token < count; ++token)
+                differentiate(token, static_cast<const T*>(p.lse)[sample * p.tokens + first + token]);
+            product<T>({logits, 1, groups_row}, this->keys.data, this->keys.row, grad_query, channels_row, p.groups,
+                       channels_row, count, true);
+            write_token_gradients(sample, first, count);
+        }
+        for (index_t s = 0; s < p.groups; ++s) {
+            S* to = Base::at_result(p.grad_query, sample, s);
+            for (index_t c = 0; c < p.channels; ++c) to[c] = narrow<S>(grad_query[s * channels_row + c]);
+            if (p.grad_bias != nullptr) static_cast<S*>(p.grad_bias)[sample * p.groups + s] = narrow<S>(grad_bias[s]);
+        }
+    }
+
+  private:
+    void start(index_t sample) {
+        query = read_rows<S>(Base::at(p.query, sample, 0), p.query.row, p.groups, p.channels, query_scratch);
+        gradient =
+            read_rows<S>(Base::at(p.grad_output, sample, 0), p.grad_output.row, p.groups, p.channels, gradient_scratch);
+        this->start_sample(sample, query);
+        transpose_rows<T>(gradient, p.groups, p.channels, T(1), gradient_t, groups_row);
+        std::memset(grad_query, 0, p.groups * channels_row * sizeof(T));
+        std::memset(grad_bias, 0, groups_row * sizeof(T));
+        for (index_t s = 0; s < groups_row; ++s) output_dot[s] = inverse[s] = 0;
+        const Rows<T> output =
+            read_rows<S>(Base::at(p.output, sample, 0), p.output.row, p.groups, p.channels, output_scratch);
+        for (index_t s = 0; s < p.groups; ++s) {
+            output_dot[s] = dot(gradient[s], output[s], channels_row);
+            inverse[s] = 1 / (static_cast<const T*>(p.count)[sample * p.groups + s] + static_cast<T>(p.eps));
+        }
+    }
+
+    // Turns a row of logits into scale * d_logits and, for the soft assignment, the row of d_assign into
+    // assign / (count + eps). The softmax is normalised by its own sum: at large logits the rounding of lse
+    // alone would leave a gradient where the softmax is saturated.
+    GVIT_INLINE void differentiate(index_t token, T lse) {
+        constexpr int lanes = kLanes<T>;
+        T* row = logits + token * groups_row;
+        T* d_row = d_assign + token * groups_row;
+        Vector<T> sum{}, weighted{};
+        for (index_t s = 0; s < groups_row; s += lanes) {
+            const Vector<T> e = exponential(this->tempered(token, s) - lse);
+            const Vector<T> d = (load(d_row + s) - load(output_dot + s)) * load(inverse + s);
+            const Vector<T> clean = this->inside(s) ? d : Vector<T>{};
+            sum += e;
+            weighted += e * clean;
+            store(row + s, e);
+            store(d_row + s, clean);
+        }
+        const T normal = 1 / sum_lanes<T>(sum);
+        const T mean = sum_lanes<T>(weighted) * normal;
+        const T factor = static_cast<T>(p.scale / p.tau) * normal;
+        for (index_t s = 0; s < groups_row; s += lanes) {
+            const Vector<T> e = load(row + s);
+            const Vector<T> d_logit = e * (load(d_row + s) - mean) * factor;
+            store(row + s, d_logit);
+            store(grad_bias + s, load(grad_bias + s) + d_logit);
+            if (!p.hard) store(d_row + s, e * normal * load(inverse + s));
+        }
+    }
+
+    void write_token_gradients(index_t sample, index_t first, index_t count) {
+        const bool shared = p.value.data == nullptr;
+        S* key_to = Base::at_result(p.grad_key, sample, first);
+        Rows<T> rows = result_rows<S>(key_to, p.grad_key.row, p.channels, token_scratch);
+        product<T>({logits, groups_row, 1}, query.data, query.row, rows.data, rows.row, count, channels_row, p.groups,
+                   false);
+        if (shared) add_value_gradients(sample, first, count, rows, true);
+        write_rows<S>(rows, key_to, p.grad_key.row, count, p.channels);
+        if (shared) return;
+        S* value_to = Base::at_result(p.grad_value, sample, first);
+        rows = result_rows<S>(value_to, p.grad_value.row, p.channels, token_scratch);
+        add_value_gradients(sample, first, count, rows, false);
+        write_rows<S>(rows, value_to, p.grad_value.row, count, p.channels);
+    }
+
+    // Gradient of the values, assign^T * grad_output / (count + eps): for the hard assignment a gather.
+    void add_value_gradients(index_t sample, index_t first, index_t count, Rows<T> rows, bool add) {
+        if (!p.hard)
+            return product<T>({d_assign, groups_row, 1}, gradient.data, gradient.row, rows.data, rows.row, count,
+                              channels_row, p.groups, add);
+        for (index_t token = 0; token < count; ++token) {
+            const index_t group = p.index[sample * p.tokens + first + token];
+            const T* from = gradient[group];
+            T* to = rows[token];
+            for (index_t c = 0; c < channels_row; c += kLanes<T>) {
+                const Vector<T> part = load(from + c) * inverse[group];
+                store(to + c, add ? load(to + c) + part : part);
+            }
+        }
+    }
+};
+
+}  // namespace gvit::GVIT_LEVEL

@@ -1,0 +1,119 @@
+// CPU kernel of gumbel_assign. Included once per level, after the tile.
+
+namespace gvit::GVIT_LEVEL {
+
+// torch.argmax: the first of the largest, where NaN is larger than any number.
+template <class T>
+index_t first_largest(const T* value, index_t count) {
+    index_t best = 0;
+    for (index_t i = 0; i < count; ++i) {
+        if (value[i] != value[i]) return i;
+        if (value[i] > value[best]) best = i;
+    }
+    return best;
+}
+
+template <class S>
+class AssignForward : AssignTile<S> {
+    using Base = AssignTile<S>;
+    using T = typename Base::T;
+    using Base::p, Base::groups_row, Base::logits, Base::memory, Base::tile;
+
+    const index_t channels_row = padded<T>(p.channels);
+    T* const query_scratch = memory.template take<T>(p.groups * channels_row);
+    T* const value_scratch = memory.template take<T>(p.value.data != nullptr ? tile * channels_row : 0);
+    T* const sums = memory.template take<T>(p.groups * channels_row);
+    T* const counts = memory.template take<T>(groups_row);
+    T* const soft = memory.template take<T>(p.hard ? 0 : tile * groups_row);
+    bool improper = false;  // some token of this sample has no proper softmax
+
+  public:
+    explicit AssignForward(const AssignParams& params) : Base(params) {}
+
+    void run(index_t sample) {
+        this->start_sample(
+            sample, read_rows<S>(Base::at(p.query, sample, 0), p.query.row, p.groups, p.channels, query_scratch));
+        std::memset(sums, 0, p.groups * channels_row * sizeof(T));
+        std::memset(counts, 0, groups_row * sizeof(T));
+        improper = false;
+        for (index_t first = 0; first < p.tokens; first += tile) {
+            const index_t count = smaller(tile, p.tokens - first);
+            this->load_tile(sample, first, count);
+            Rows<T> values = this->keys;
+            if (p.value.data != nullptr)
+                values = read_rows<S>(Base::at(p.value, sample, first), p.value.row, count, p.channels, value_scratch);
+            for (index_t token = 0; token < count; ++token) {
+                const index_t winner = assign(token, sample * p.tokens + first + token);
+                if (p.hard) add_to_group(winner, values[token]);
+            }
+            if (!p.hard)
+                product<T>({soft, 1, groups_row}, values.data, values.row, sums, channels_row, p.groups, channels_row,
+                           count, true);
+        }
+        finish(sample);
+    }
+
+  private:
+    // Softmax over groups of one token: stores index and lse, counts it, fills its row of `soft`.
+    GVIT_INLINE index_t assign(index_t token, index_t flat_token) {
+        constexpr int lanes = kLanes<T>;
+        T* row = logits + token * groups_row;
+        T* soft_row = soft + token * groups_row;
+        Vector<T> largest = fill(-std::numeric_limits<T>::infinity());
+        for (index_t s = 0; s < groups_row; s += lanes) {
+            const Vector<T> z = this->tempered(token, s);
+            store(row + s, z);
+            largest = larger_of(z, largest);  // never a NaN
+        }
+        const T maximum = largest_lane<T>(largest);
+        using Number = Integer<T>;
+        Vector<Number> winners = fill(std::numeric_limits<Number>::max());
+        Vector<T> sum{};
+        for (index_t s = 0; s < groups_row; s += lanes) {
+            const Vector<T> z = load(row + s);
+            const Vector<Number> number = lane_numbers<T>() + static_cast<Number>(s);
+            winners = smaller_of(winners, z == maximum ? number : winners);
+            const Vector<T> e = exponential(z - maximum);
+            sum += e;
+            if (!p.hard) store(soft_row + s, e);
+        }
+        const T total = sum_lanes<T>(sum);
+        index_t winner = smallest_lane<Number>(winners);
+        if (!(total == total)) {
+            winner = first_largest(row, p.groups);
+            improper = true;
+        }
+        p.index[flat_token] = winner;
+        static_cast<T*>(p.lse)[flat_token] = maximum + std::log(total);
+        if (p.hard) {
+            counts[winner] += 1;
+        } else {
+            const T inverse = 1 / total;
+            for (index_t s = 0; s < groups_row; s += lanes) {
+                const Vector<T> share = load(soft_row + s) * inverse;
+                store(soft_row + s, share);
+                store(counts + s, load(counts + s) + share);
+            }
+        }
+        return winner;
+    }
+
+    GVIT_INLINE void add_to_group(index_t group, const T* value) {
+        T* sum = sums + group * channels_row;
+        for (index_t c = 0; c < channels_row; c += kLanes<T>) store(sum + c, load(sum + c) + load(value + c));
+    }
+
+    void finish(index_t sample) {
+        T* count = static_cast<T*>(p.count) + sample * p.groups;
+        constexpr T nan = std::numeric_limits<T>::quiet_NaN();
+        for (index_t s = 0; s < p.groups; ++s) {
+            count[s] = improper ? nan : counts[s];
+            const T inverse = 1 / (count[s] + static_cast<T>(p.eps));
+            S* to = Base::at_result(p.output, sample, s);
+            const T* sum = sums + s * channels_row;
+            for (index_t c = 0; c < p.channels; ++c) to[c] = narrow<S>(sum[c] * inverse);
+        }
+    }
+};
+
+}  // namespace gvit::GVIT_LEVEL

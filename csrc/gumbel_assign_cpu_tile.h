@@ -1,0 +1,82 @@
+// What the CPU kernels of gumbel_assign and of its gradient share. Included once per level.
+//
+// Tokens are taken in tiles that stay in the second-level cache. A tile of logits is stored [token][group], so
+// that the softmax over groups runs along vectors and every product reads its operands where they lie:
+//   logits  = keys * query^T          (query transposed once per sample)
+//   forward   hard: each token is added to its group; soft: output += assign^T * values
+//   backward  d_assign = values * grad_output^T, then three products with d_logits
+// Nothing larger than a tile is ever stored, and each sum is made by one thread in one order.
+#include "csrc/cpu_noise.h"
+
+namespace gvit::GVIT_LEVEL {
+
+// Tokens per tile: keys of about 384 KiB, a logits tile of at most 64 KiB of elements, evenly divided.
+inline index_t tile_of_tokens(index_t tokens, index_t channels, index_t groups) {
+    const index_t fitting = smaller<index_t>(98304 / channels, 65536 / groups);
+    const index_t limit = larger<index_t>(16, smaller<index_t>(256, fitting));
+    if (tokens <= limit) return larger<index_t>(tokens, 1);
+    return round_up<index_t>(ceil_div(tokens, ceil_div(tokens, limit)), 4);
+}
+
+// What forward and backward share for one thread: sizes, the transposed query and the logits of a tile.
+template <class S>
+struct AssignTile {
+    using T = accumulate_t<S>;
+
+    const AssignParams& p;
+    const index_t groups_row, tile;
+    const index_t noise_row;
+    Workspace memory;
+    T *query_t, *bias, *logits, *key_scratch;
+    float* noise;
+    Rows<T> keys{};
+
+    explicit AssignTile(const AssignParams& params)
+        : p(params),
+          groups_row(padded<T>(params.groups)),
+          tile(tile_of_tokens(params.tokens, params.channels, params.groups)),
+          noise_row(round_up<index_t>(groups_row, 16)) {
+        query_t = memory.take<T>(p.channels * groups_row);
+        bias = memory.take<T>(groups_row);
+        logits = memory.take<T>(tile * groups_row);
+        key_scratch = memory.take<T>(tile * padded<T>(p.channels));
+        noise = memory.take<float>(tile * noise_row);
+        std::memset(noise, 0, tile * noise_row * sizeof(float));
+    }
+
+    static const S* at(const Matrices& m, index_t sample, index_t row) {
+        return static_cast<const S*>(m.data) + sample * m.batch + row * m.row;
+    }
+    static S* at_result(const Matrices& m, index_t sample, index_t row) {
+        return static_cast<S*>(m.data) + sample * m.batch + row * m.row;
+    }
+
+    void start_sample(index_t sample, Rows<T> query) {
+        transpose_rows<T>(query, p.groups, p.channels, T(1), query_t, groups_row);
+        for (index_t s = 0; s < groups_row; ++s) {
+            const bool given = p.bias != nullptr && s < p.groups;
+            bias[s] = given ? widen(static_cast<const S*>(p.bias)[sample * p.groups + s]) : T(0);
+        }
+    }
+
+    // keys and logits (dot products only) of tokens first .. + count, and their noise.
+    void load_tile(index_t sample, index_t first, index_t count) {
+        keys = read_rows<S>(at(p.key, sample, first), p.key.row, count, p.channels, key_scratch);
+        product<T>({keys.data, keys.row, 1}, query_t, groups_row, logits, groups_row, count, groups_row, p.channels,
+                   false);
+        if (p.noise_key == nullptr) return;
+        draw_noise(p.noise_key[0], p.noise_key[1], sample, p.groups, p.tokens, first, count, noise, noise_row);
+    }
+
+    // (logit + noise) / tau of lanes s.. of a token; -inf beyond the last group.
+    GVIT_INLINE Vector<T> tempered(index_t token, index_t s) const {
+        Vector<T> z = (load(logits + token * groups_row + s) + load(bias + s)) * static_cast<T>(p.scale);
+        if (p.noise_key != nullptr) z += load_converted<T>(noise + token * noise_row + s);
+        if (p.tau != 1.0) z /= static_cast<T>(p.tau);
+        return inside(s) ? z : fill(-std::numeric_limits<T>::infinity());
+    }
+
+    GVIT_INLINE auto inside(index_t s) const { return lane_numbers<T>() < static_cast<Integer<T>>(p.groups - s); }
+};
+
+}  // namespace gvit::GVIT_LEVEL
