@@ -38,6 +38,8 @@ def loss_and_gradient(rows: slice):
     labels = text_labels(texts, index)
     loss = contrastive_loss(image, text[:, 0], scale, labels=labels[:, 0])
     loss = loss + multi_label_loss(image, text[:, 1:], labels[:, 1:], scale)
+    groups = image[:, None] * torch.linspace(-1, 2, 12).view(3, 4)
+    loss = loss + multi_label_loss(groups, text[:, 1:], labels[:, 1:], scale)
     loss.backward()
     return torch.cat([loss.detach()[None], weight.grad.flatten(), scale.grad[None]])
 

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from groupvit_fast.training.losses import (
+    GROUP_SHARPNESS,
     contrastive_loss,
     multi_label_loss,
     similarity_scale,
+    soft_maximum,
     text_labels,
 )
 
@@ -91,6 +93,24 @@ def test_merged_captions_are_not_each_others_negatives():
         merged, plain_multi_label(image, captions[labels][:, None], labels[:, None], SCALE.exp())
     )
     assert merged < contrastive_loss(image, captions[labels], SCALE)
+
+
+def test_groups_match_a_prompt_as_well_as_their_best_does():
+    """One group makes no difference; a group of an image that fits beats a mean that does not."""
+    labels = torch.arange(12).view(4, 3)
+    image, prompts = features(4, 5), features(4, 3, 5, seed=1)
+    expected = multi_label_loss(image, prompts, labels, SCALE)
+    torch.testing.assert_close(multi_label_loss(image[:, None], prompts, labels, SCALE), expected)
+    fitting = multi_label_loss(prompts, prompts, labels, SCALE)
+    assert fitting < multi_label_loss(prompts.mean(1), prompts, labels, SCALE)
+
+
+def test_soft_maximum_is_near_the_maximum():
+    similarity = features(6, 8).tanh()
+    soft = soft_maximum(similarity)
+    assert (soft <= similarity.amax(-1)).all()
+    assert (soft >= similarity.amax(-1) - math.log(8) / GROUP_SHARPNESS - 1e-6).all()
+    assert torch.equal(soft_maximum(similarity[:, :1]), similarity[:, 0])
 
 
 def test_temperature_is_clamped_at_100_and_gets_no_gradient_there():

@@ -68,9 +68,9 @@ def nan_pixels(batch):
     batch.images[2] = float("nan")
 
 
-def trainer(folder, config=CONFIG, loader=None, **arguments):
+def trainer(folder, config=CONFIG, loader=None, settings=MODEL, **arguments):
     folder.mkdir(exist_ok=True)
-    model = create_model(MODEL, seed=config.seed)
+    model = create_model(settings, seed=config.seed)
     return Trainer(model, loader or Loader(), config, output=folder, **arguments)
 
 
@@ -110,7 +110,9 @@ def test_loss_falls_and_the_run_folder_is_complete(tmp_path):
     assert ModelConfig.from_dict(json.loads((step / "config.json").read_text())["model"]) == MODEL
 
 
-def test_same_seed_same_bits_and_another_seed_not(tmp_path):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_seed_same_bits_and_another_seed_not(tmp_path, threads):
+    torch.set_num_threads(threads)
     runs = [
         trainer(tmp_path / name, replace(CONFIG, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
@@ -223,7 +225,7 @@ def test_the_host_is_asked_only_at_log_points(tmp_path, monkeypatch):
     run.train_step(next(batches))
     second = next(batches)
     encoded = run.forward(second.images, second.texts, second.text_index)
-    run.forward = lambda *_: encoded  # the model's own manners are not the matter here
+    run.forward = lambda *_, **__: encoded  # the model's own manners are not the matter here
 
     def refuse(*_):
         raise AssertionError("the step waits for the device")
@@ -235,12 +237,26 @@ def test_the_host_is_asked_only_at_log_points(tmp_path, monkeypatch):
         run.log()
 
 
+def test_prompts_can_be_matched_with_single_groups(tmp_path):
+    losses = []
+    for match in ("image", "group"):
+        config = replace(CONFIG, multi_label_match=match, steps=4)
+        run = trainer(tmp_path / match, config, settings=replace(MODEL, projector_layers=1))
+        run.fit()
+        losses.append(run.last_record)
+    assert losses[0]["multi_label"] != losses[1]["multi_label"]
+
+
 def test_no_noise_means_no_noise(tmp_path):
     keys = []
     for gumbel in (True, False):
         run = trainer(tmp_path, replace(CONFIG, gumbel=gumbel, steps=1))
-        forward = run.forward
-        run.forward = lambda *arguments, forward=forward: (keys.append(arguments[3]), forward(*arguments))[1]
+
+        def forward(*arguments, plain=run.forward, **options):
+            keys.append(arguments[3])
+            return plain(*arguments, **options)
+
+        run.forward = forward
         run.fit()
     assert keys[0].tolist() == [mix(0, 0), 0]
     assert keys[1] is None
