@@ -25,4 +25,12 @@ void launch_group_attention(const AttentionParams& p, cudaStream_t stream) {
     });
 }
 
+void launch_group_attention_backward(const AttentionParams& p, cudaStream_t stream) {
+    with_float_type(p.storage, [&](auto type) {
+        using T = decltype(type);
+        constexpr int chunks = 64 / kTileColumns<T>;  // the head dim of the presets
+        launch_gradients<T, AttentionGradient, chunks>(p, p.samples * p.heads, p.heads, p.depth, stream);
+    });
+}
+
 }  // namespace gvit

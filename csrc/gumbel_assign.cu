@@ -6,7 +6,8 @@
 namespace gvit {
 namespace {
 
-index_t pair_tiles(index_t rows) { return ceil_div<index_t>(rows, kPairTile); }
+// Chunks of the channels that a block sums at a time: registers allow no more, and 384 channels of 16 bits fit.
+constexpr int kSumChunks = 6;
 
 template <class T>
 index_t slices(const AssignParams& p, int chunks) {
@@ -19,6 +20,13 @@ void launch_average(const AssignParams& p, cudaStream_t stream) {
     GVIT_LAUNCH((average_kernel<T>), grid_blocks(items), dim3(kPairThreads), kAverageMemory<T> * sizeof(T), stream, p);
 }
 
+template <class T>
+void launch_soft(const AssignParams& p, cudaStream_t stream) {
+    const index_t items = p.samples * pair_tiles(p.groups) * slices<T>(p, kSumChunks);
+    GVIT_LAUNCH((sum_over_tokens_kernel<T, AssignSoft, kSumChunks, AssignParams>), grid_blocks(items),
+                dim3(kPairThreads), (kPairMemory<T, 1> * sizeof(T)), stream, p);
+}
+
 }  // namespace
 
 void launch_gumbel_assign(const AssignParams& p, cudaStream_t stream) {
@@ -28,7 +36,14 @@ void launch_gumbel_assign(const AssignParams& p, cudaStream_t stream) {
             GVIT_LAUNCH((assign_kernel<T>), grid_blocks(p.samples * pair_tiles(p.tokens)), dim3(kPairThreads),
                         (kPairMemory<T, 1, kAssignSlots> * sizeof(T)), stream, p);
         }
-        launch_average<T>(p, stream);
+        if (p.hard) return launch_average<T>(p, stream);
+        launch_soft<T>(p, stream);
+    });
+}
+
+void launch_gumbel_assign_backward(const AssignParams& p, cudaStream_t stream) {
+    with_float_type(p.storage, [&](auto type) {
+        launch_gradients<decltype(type), AssignGradient, kSumChunks>(p, p.samples, 1, p.channels, stream);
     });
 }
 

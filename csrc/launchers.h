@@ -25,6 +25,10 @@ void group_attention_backward_cpu(const AttentionParams& params);
 void gumbel_assign_cpu(const AssignParams& params);
 void gumbel_assign_backward_cpu(const AssignParams& params);
 
+// What the CUDA backward kernels need in Params::workspace.
+inline index_t workspace_floats(const AttentionParams& p) { return p.samples * p.heads * p.groups; }
+inline index_t workspace_floats(const AssignParams& p) { return p.samples * (p.groups + p.tokens); }
+
 void launch_upsample(const UpsampleParams& params, cudaStream_t stream);
 void launch_upsample_backward(const UpsampleParams& params, cudaStream_t stream);
 void launch_decode(const DecodeParams& params, cudaStream_t stream);

@@ -1,16 +1,19 @@
-// Attention of group tokens (queries) over image tokens (keys, values), forward.
+// Attention of group tokens (queries) over image tokens (keys, values).
 //
-// One block owns up to 64 groups of one head and streams the tokens past them in tiles of 64, keeping for each
+// Forward. One block owns up to 64 groups of one head and streams the tokens past them in tiles of 64, keeping for each
 // group the running maximum and sum of its softmax (online softmax: Milakov and Gimelshein, 2018; as in
 // FlashAttention). Nothing of size groups x tokens leaves the multiprocessor.
 //
 //   scores  = query . key^T           16 groups x 64 tokens a warp, summed over the head dim in chunks
 //   weights = exp(scale * scores - maximum), rounded to the storage type, in the warp's own shared memory
 //   output += weights . value         64 columns of the head dim; a wider head is several work items
+//
+// Backward. With p the softmax and D[s] = grad_output[s] . output[s],
+//     dz[l, s] = p (grad_output[s] . value[l] - D[s])
+// and the gradients are sums of rows weighted by p (value) and scale dz (query, key): token_group.cuh.
 #pragma once
 
-#include "parameters.cuh"
-#include "tile.cuh"
+#include "token_group.cuh"
 
 namespace gvit {
 
@@ -190,5 +193,78 @@ attend_kernel(AttentionParams p) {
         finish_attention<T>(p, item, softmax, output);
     }
 }
+
+// ---- backward ---------------------------------------------------------------------------------------------------
+
+// The workspace holds D [samples, heads, groups].
+template <class T>
+struct AttentionGradient {
+    static constexpr int kProducts = 2;
+    static constexpr bool kTokenTerm = false;
+    static constexpr int passes = 2;
+
+    const AttentionParams& p;
+    index_t problems;
+    int tokens, groups, channels;
+
+    GVIT_DEVICE explicit AttentionGradient(const AttentionParams& params)
+        : p(params), problems(params.samples * params.heads), tokens(static_cast<int>(params.tokens)),
+          groups(static_cast<int>(params.groups)), channels(static_cast<int>(params.depth)) {}
+
+    template <class U>
+    GVIT_DEVICE Rows<U> rows(const Matrices& from, index_t head, int count) const {
+        return rows_of<U>(from, head / p.heads, head % p.heads, count, channels);
+    }
+    GVIT_DEVICE PairSources<T, 2> sources(index_t head) const {
+        return {{token_rows(head), rows<const T>(p.value, head, tokens)},
+                {rows<const T>(p.query, head, groups), rows<const T>(p.grad_output, head, groups)},
+                false};
+    }
+
+    // values[0] becomes p, values[1] dz of the formulas at the top.
+    GVIT_DEVICE void to_softmax(PairValues (&values)[2], index_t head, int token, int group) const {
+        const float scale = static_cast<float>(p.scale) * kLog2E;
+        GVIT_UNROLL
+        for (int n = 0; n < 4; ++n) {
+            GVIT_UNROLL
+            for (int j = 0; j < 2; ++j) {
+                const int mine = group + pair_group(n, j);
+                const index_t place = head * groups + mine;
+                const float lse = mine < groups ? static_cast<const float*>(p.lse)[place] * kLog2E : 0.0f;
+                const float mean = mine < groups ? p.workspace[place] : 0.0f;
+                GVIT_UNROLL
+                for (int i = j; i < 4; i += 2) {
+                    const bool inside = mine < groups && token + pair_token(i) < tokens;
+                    const float soft = inside ? exp2f(values[0].value[n][i] * scale - lse) : 0.0f;
+                    values[0].value[n][i] = soft;
+                    values[1].value[n][i] = soft * (values[1].value[n][i] - mean);
+                }
+            }
+        }
+    }
+    // values[0] becomes the weight of query and key, values[1] that of grad_output.
+    GVIT_DEVICE void to_weights(PairValues (&values)[2], const float (&)[2], index_t, int) const {
+        GVIT_UNROLL
+        for (int n = 0; n < 4; ++n) {
+            GVIT_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const float soft = values[0].value[n][i];
+                values[0].value[n][i] = static_cast<float>(p.scale) * values[1].value[n][i];
+                values[1].value[n][i] = soft;
+            }
+        }
+    }
+
+    GVIT_DEVICE TokenPass pass(int number) const { return {{number == 0, number == 1}, false}; }
+    GVIT_DEVICE Rows<T> result(int number, index_t head) const {
+        return rows<T>(number == 0 ? p.grad_key : p.grad_value, head, tokens);
+    }
+    template <int kBlocks>
+    GVIT_DEVICE void gather(Accumulator<kBlocks>&, index_t, int, int) const {}
+
+    GVIT_DEVICE Rows<const T> token_rows(index_t head) const { return rows<const T>(p.key, head, tokens); }
+    GVIT_DEVICE Rows<T> group_result(index_t head) const { return rows<T>(p.grad_query, head, groups); }
+    GVIT_DEVICE float finish_group(index_t, int, float, bool) const { return 1.0f; }
+};
 
 }  // namespace gvit

@@ -80,44 +80,50 @@ struct AssignMatrices {
           grad_output(rows_of<const T>(p.grad_output, sample, 0, p.groups, p.channels)) {}
 };
 
-// What a thread needs to turn its products of a tile into logits: eight consecutive groups, two tokens.
+// Products to logits, in place. A thread's groups are eight consecutive ones: two calls of the noise a token.
 template <class T>
-struct LogitTile {
-    float bias[8], noise[2][8];
-    float scale, inverse_tau;
-
-    LogitTile() = default;
-
-    GVIT_DEVICE LogitTile(const AssignParams& p, index_t sample, int token, int group)
-        : scale(static_cast<float>(p.scale)), inverse_tau(static_cast<float>(1.0 / p.tau)) {
-        const int first = group + pair_group(0, 0);
-        const T* const biases = static_cast<const T*>(p.bias) + sample * p.groups;
+GVIT_DEVICE void to_logits(PairValues& values, const AssignParams& p, index_t sample, int token, int group) {
+    const float scale = static_cast<float>(p.scale), inverse_tau = 1.0f / static_cast<float>(p.tau);
+    const T* const biases = static_cast<const T*>(p.bias) + sample * p.groups;
+    const index_t quads = ceil_div<index_t>(p.groups, 4);
+    const int first = group + pair_group(0, 0);
+    GVIT_UNROLL
+    for (int k = 0; k < 8; k += 4) {
+        float bias[4];
         GVIT_UNROLL
-        for (int k = 0; k < 8; ++k) {
-            bias[k] = p.bias != nullptr && first + k < p.groups ? to_float(biases[first + k]) : 0.0f;
-            noise[0][k] = noise[1][k] = 0.0f;
+        for (int w = 0; w < 4; ++w) {
+            bias[w] = p.bias != nullptr && first + k + w < p.groups ? to_float(biases[first + k + w]) : 0.0f;
         }
-        if (p.noise_key == nullptr) return;
-        const auto key = static_cast<uint64_t>(p.noise_key[0]), offset = static_cast<uint64_t>(p.noise_key[1]);
         GVIT_UNROLL
         for (int h = 0; h < 2; ++h) {
             const int mine = token + pair_token(2 * h);
+            const bool noisy = p.noise_key != nullptr && mine < p.tokens && first + k < p.groups;
+            const uint64_t call = noise_call(sample, quads, (first + k) / 4, p.tokens, mine);
+            const Philox4 noise = noisy ? philox4x32(p.noise_key[0], call, p.noise_key[1]) : Philox4{};
             GVIT_UNROLL
-            for (int k = 0; k < 8; k += 4) {
-                if (mine >= p.tokens || first + k >= p.groups) continue;
-                const index_t quads = ceil_div<index_t>(p.groups, 4);
-                const Philox4 words = philox4x32(key, noise_call(sample, quads, (first + k) / 4, p.tokens, mine), offset);
-                GVIT_UNROLL
-                for (int w = 0; w < 4; ++w) noise[h][k + w] = gumbel(words.word[w]);
+            for (int w = 0; w < 4; ++w) {
+                float& value = values.value[(k + w) / 2][2 * h + w % 2];
+                value = assign_logit(value, bias[w], noisy ? gumbel(noise.word[w]) : 0.0f, scale, inverse_tau);
             }
         }
     }
+}
 
-    GVIT_DEVICE float logit(const PairValues& product, int n, int i) const {
-        const int k = 2 * n + i % 2;
-        return assign_logit(product.value[n][i], bias[k], noise[i / 2][k], scale, inverse_tau);
+// Products to the softmax, in place; 0 outside the tensors.
+template <class T>
+GVIT_DEVICE void to_assignment(PairValues& values, const AssignParams& p, index_t sample, int token, int group) {
+    to_logits<T>(values, p, sample, token, group);
+    float lse[2];
+    load_pair_rows(lse, static_cast<const float*>(p.lse) + sample * p.tokens, token, static_cast<int>(p.tokens));
+    GVIT_UNROLL
+    for (int n = 0; n < 4; ++n) {
+        GVIT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const bool inside = token + pair_token(i) < p.tokens && group + pair_group(n, i) < p.groups;
+            values.value[n][i] = inside ? expf(values.value[n][i] - lse[i / 2]) : 0.0f;
+        }
     }
-};
+}
 
 // ---- forward: winner and softmax sum of each token --------------------------------------------------------------
 
@@ -143,16 +149,16 @@ assign_kernel(AssignParams p) {
         Winner winner[2];
         for (int group = 0; group < groups; group += kPairTile) {
             GVIT_SYNC();
-            const LogitTile<T> tile(p, sample, token, group);
-            PairValues products[1];
-            multiply_pairs<kAssignSlots>(products, sources, token, group, reinterpret_cast<T*>(shared));
+            PairValues values[1];
+            multiply_pairs<kAssignSlots>(values, sources, token, group, reinterpret_cast<T*>(shared));
+            to_logits<T>(values[0], p, sample, token, group);
             const int first = group + pair_group(0, 0);
             GVIT_UNROLL
             for (int h = 0; h < 2; ++h) {
                 float logits[8];
                 GVIT_UNROLL
                 for (int k = 0; k < 8; ++k) {
-                    logits[k] = first + k < groups ? tile.logit(products[0], k / 2, 2 * h + k % 2) : -HUGE_VALF;
+                    logits[k] = first + k < groups ? values[0].value[k / 2][2 * h + k % 2] : -HUGE_VALF;
                 }
                 winner[h].add(logits, first);
             }
@@ -265,5 +271,148 @@ average_kernel(AssignParams p) {
         }
     }
 }
+
+// ---- forward, soft ----------------------------------------------------------------------------------------------
+
+// For sum_over_tokens_kernel: weights are the softmax, rows the values.
+template <class T>
+struct AssignSoft {
+    static constexpr int kProducts = 1;
+    static constexpr bool kTokenTerm = false;
+
+    const AssignParams& p;
+    index_t problems;
+    int tokens, groups, channels;
+
+    GVIT_DEVICE explicit AssignSoft(const AssignParams& params)
+        : p(params), problems(params.samples), tokens(static_cast<int>(params.tokens)),
+          groups(static_cast<int>(params.groups)), channels(static_cast<int>(params.channels)) {}
+
+    GVIT_DEVICE PairSources<T, 1> sources(index_t sample) const {
+        const AssignMatrices<T> from(p, sample);
+        return {{from.key}, {from.query}, false};
+    }
+
+    GVIT_DEVICE void to_softmax(PairValues (&values)[1], index_t sample, int token, int group) const {
+        to_assignment<T>(values[0], p, sample, token, group);
+    }
+    GVIT_DEVICE void to_weights(PairValues (&)[1], const float (&)[2], index_t, int) const {}
+
+    GVIT_DEVICE Rows<const T> token_rows(index_t sample) const { return AssignMatrices<T>(p, sample).value; }
+    GVIT_DEVICE Rows<T> group_result(index_t sample) const {
+        return rows_of<T>(p.output, sample, 0, p.groups, p.channels);
+    }
+    GVIT_DEVICE float finish_group(index_t sample, int group, float count, bool writes) const {
+        if (writes) static_cast<float*>(p.count)[sample * p.groups + group] = count;
+        return 1.0f / (count + static_cast<float>(p.eps));
+    }
+};
+
+// ---- backward ---------------------------------------------------------------------------------------------------
+
+// The workspace holds D [samples, groups], then the token terms: the sums over s of p da [samples, tokens].
+template <class T>
+struct AssignGradient {
+    static constexpr int kProducts = 2;
+    static constexpr bool kTokenTerm = true;
+
+    const AssignParams& p;
+    index_t problems;
+    int tokens, groups, channels, passes;
+    bool shared_value;  // the values are the keys: one result, the sum of both gradients
+
+    GVIT_DEVICE explicit AssignGradient(const AssignParams& params)
+        : p(params), problems(params.samples), tokens(static_cast<int>(params.tokens)),
+          groups(static_cast<int>(params.groups)), channels(static_cast<int>(params.channels)),
+          passes(params.value.data == nullptr ? 1 : 2), shared_value(params.value.data == nullptr) {}
+
+    GVIT_DEVICE PairSources<T, 2> sources(index_t sample) const {
+        const AssignMatrices<T> from(p, sample);
+        return {{from.key, from.value}, {from.query, from.grad_output}, shared_value};
+    }
+
+    GVIT_DEVICE float inverse_count(index_t sample, int group) const {
+        return 1.0f / (static_cast<const float*>(p.count)[sample * groups + group] + static_cast<float>(p.eps));
+    }
+
+    // values[0] becomes p, values[1] da of the formulas at the top.
+    GVIT_DEVICE void to_softmax(PairValues (&values)[2], index_t sample, int token, int group) const {
+        to_assignment<T>(values[0], p, sample, token, group);
+        GVIT_UNROLL
+        for (int n = 0; n < 4; ++n) {
+            GVIT_UNROLL
+            for (int j = 0; j < 2; ++j) {
+                const int mine = group + pair_group(n, j);
+                const float mean = mine < groups ? p.workspace[sample * groups + mine] : 0.0f;
+                const float inverse = mine < groups ? inverse_count(sample, mine) : 0.0f;
+                GVIT_UNROLL
+                for (int i = j; i < 4; i += 2) values[1].value[n][i] = (values[1].value[n][i] - mean) * inverse;
+            }
+        }
+    }
+
+    // values[0] becomes the gradient of the product query . key, values[1] the weight of grad_output in the gradient of
+    // the value.
+    GVIT_DEVICE void to_weights(PairValues (&values)[2], const float (&term)[2], index_t sample, int group) const {
+        const float factor = static_cast<float>(p.scale) / static_cast<float>(p.tau);
+        GVIT_UNROLL
+        for (int n = 0; n < 4; ++n) {
+            GVIT_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const float soft = values[0].value[n][i];
+                const int mine = group + pair_group(n, i);
+                values[0].value[n][i] = factor * soft * (values[1].value[n][i] - term[i / 2]);
+                values[1].value[n][i] = p.hard || mine >= groups ? 0.0f : soft * inverse_count(sample, mine);
+            }
+        }
+    }
+
+    GVIT_DEVICE float* token_terms() const { return p.workspace + problems * groups; }
+    GVIT_DEVICE void load_token_terms(float (&term)[2], index_t sample, int token) const {
+        load_pair_rows(term, token_terms() + sample * tokens, token, tokens);
+    }
+    GVIT_DEVICE void put_token_term(index_t sample, int token, float term) const {
+        token_terms()[sample * tokens + token] = term;
+    }
+
+    // The gradient of the keys, then that of the values.
+    GVIT_DEVICE TokenPass pass(int number) const {
+        const bool value = number == 1 || shared_value;
+        return {{number == 0, value && !p.hard}, value && p.hard};
+    }
+    GVIT_DEVICE Rows<T> result(int number, index_t sample) const {
+        return rows_of<T>(number == 0 ? p.grad_key : p.grad_value, sample, 0, tokens, channels);
+    }
+    // With hard assignment a value's gradient is the winner's grad_output / (n + eps).
+    template <int kBlocks>
+    GVIT_DEVICE void gather(Accumulator<kBlocks>& sum, index_t sample, int first_row, int first_column) const {
+        const Rows<const T> from = AssignMatrices<T>(p, sample).grad_output;
+        GVIT_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+            const int token = first_row + fragment_row(i);
+            if (token >= tokens) continue;
+            const int winner = static_cast<int>(p.index[sample * tokens + token]);
+            const float count = static_cast<const float*>(p.count)[sample * groups + winner];
+            const float factor = 1.0f / (count + static_cast<float>(p.eps));
+            GVIT_UNROLL
+            for (int n = 0; n < kBlocks; ++n) {
+                GVIT_UNROLL
+                for (int j = 0; j < 2; ++j) {
+                    const int column = first_column + fragment_column(n, j);
+                    if (column < channels) sum.value[n][i + j] += factor * to_float(from.row(winner)[column]);
+                }
+            }
+        }
+    }
+
+    GVIT_DEVICE Rows<const T> token_rows(index_t sample) const { return AssignMatrices<T>(p, sample).key; }
+    GVIT_DEVICE Rows<T> group_result(index_t sample) const {
+        return rows_of<T>(p.grad_query, sample, 0, groups, channels);
+    }
+    GVIT_DEVICE float finish_group(index_t sample, int group, float total, bool writes) const {
+        if (writes && p.grad_bias != nullptr) static_cast<T*>(p.grad_bias)[sample * groups + group] = from_float<T>(total);
+        return 1.0f;
+    }
+};
 
 }  // namespace gvit

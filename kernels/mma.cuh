@@ -141,6 +141,7 @@ GVIT_DEVICE void put_fragment(const Accumulator<kBlocks>& sum, T* to, int stride
 // float32 without tensor cores (their float32 has 10 bits): each lane sums what it holds.
 template <Sum kA, Sum kB, int kBlocks>
 GVIT_DEVICE void multiply(Accumulator<kBlocks>& sum, const float* a, int a_stride, const float* b, int b_stride, int depth) {
+    GVIT_UNROLL_BY(2)
     for (int k = 0; k < depth; ++k) {
         float left[2];
         GVIT_UNROLL
@@ -171,6 +172,7 @@ GVIT_DEVICE void multiply(Accumulator<kBlocks>& sum, const T* a, int a_stride, c
     const int within = lane_index() % 8, bit0 = lane_index() / 8 % 2, bit1 = lane_index() / 16;
     const T* a_row = a_down ? a + (8 * bit1 + within) * a_stride + 8 * bit0 : a + (8 * bit0 + within) * a_stride + 8 * bit1;
     const T* b_row = b_down ? b + (8 * bit0 + within) * b_stride + 8 * bit1 : b + (8 * bit1 + within) * b_stride + 8 * bit0;
+    GVIT_UNROLL_BY(2)
     for (int k = 0; k < depth; k += 16) {
         uint32_t left[4];
         load_matrices<a_down>(left, a_row + (a_down ? k * a_stride : k));

@@ -23,8 +23,9 @@
 // GVIT_GLOBAL(threads) or GVIT_GLOBAL(threads, blocks): the most threads of a block, and how many blocks a
 // multiprocessor shall hold at least (which bounds the registers).
 #define GVIT_GLOBAL(...) __global__ void __launch_bounds__(__VA_ARGS__)
-#define GVIT_UNROLL _Pragma("unroll")
-#define GVIT_NO_UNROLL _Pragma("unroll 1")
+#define GVIT_PRAGMA(text) _Pragma(#text)
+#define GVIT_UNROLL GVIT_PRAGMA(unroll)
+#define GVIT_UNROLL_BY(count) GVIT_PRAGMA(unroll count)
 
 // A barrier for all threads of the block.
 #define GVIT_SYNC() __syncthreads()

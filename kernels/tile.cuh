@@ -21,23 +21,23 @@ constexpr int kTileSize = kTileRows * kTileStride<T>;
 template <class T>
 constexpr int kWeightStride = 64 + kPackSize<T>;
 
-// A matrix in global memory with contiguous rows. A single sample fits 31-bit rows and columns; where it lies,
-// and how far its rows are apart, need 64.
+// A matrix in global memory with contiguous rows. Only where it lies needs 64 bits: the launch code's caller has
+// seen to it that rows, columns and the stride fit 31 (fits_rows in csrc/launch_grid.h).
 template <class T>
 struct Rows {
     T* start;
-    index_t stride;
+    int stride;
     int rows, columns;
 
-    GVIT_DEVICE T* row(int i) const { return start + i * stride; }
+    GVIT_DEVICE T* row(int i) const { return start + static_cast<index_t>(i) * stride; }
     // Whether every row can be moved 16 bytes at a time.
     GVIT_DEVICE bool packed() const { return can_pack(start, columns) && stride % kPackSize<T> == 0; }
 };
 
 template <class T>
 GVIT_DEVICE Rows<T> rows_of(const Matrices& from, index_t sample, index_t head, index_t rows, index_t columns) {
-    return {static_cast<T*>(from.data) + sample * from.batch + head * from.head, from.row, static_cast<int>(rows),
-            static_cast<int>(columns)};
+    return {static_cast<T*>(from.data) + sample * from.batch + head * from.head,
+            static_cast<int>(from.row), static_cast<int>(rows), static_cast<int>(columns)};
 }
 
 struct InOrder {
@@ -51,7 +51,7 @@ GVIT_DEVICE void load_tile(T* tile, const Rows<const T>& from, int first_row, in
                            const Order& order = {}) {
     constexpr int pack = kPackSize<T>, packs = kTileColumns<T> / pack;
     if (from.packed()) {
-        GVIT_UNROLL
+        GVIT_UNROLL_BY(1)  // the copies do not wait for each other; registers are what is scarce
         for (int i = thread_index(); i < kRows * packs; i += kThreads) {
             const int row = first_row + order(i / packs), column = first_column + i % packs * pack;
             const bool inside = row < from.rows && column < from.columns;
@@ -60,7 +60,7 @@ GVIT_DEVICE void load_tile(T* tile, const Rows<const T>& from, int first_row, in
         }
         return;
     }
-    GVIT_NO_UNROLL
+    GVIT_UNROLL_BY(1)
     for (int i = thread_index(); i < kRows * kTileColumns<T>; i += kThreads) {
         const int row = first_row + order(i / kTileColumns<T>), column = first_column + i % kTileColumns<T>;
         const bool inside = row < from.rows && column < from.columns;

@@ -9,10 +9,10 @@
 // Sums run in a fixed order inside one block: no atomics.
 //
 // What differs between the operators is an Op<T>, made from the parameters:
-//   problems, tokens, groups, channels     a problem is a sample, or a head of one
-//   sources(problem)                       the matrices of the products
-//   Tile(op, problem, token, group)        what a thread keeps for its pairs of a tile
-//   Tile::weight(kind, products, n, i)     the weight of pair (n, i)
+//   problems, tokens, groups, channels                 a problem is a sample, or a head of one
+//   sources(problem)                                   the matrices of the products
+//   to_softmax(values, problem, token, group)          products in, softmax and its like out, 0 outside the tensors
+//   to_weights(values, term, problem, group)           these in, weights out: values[0] and values[1] by their kind
 // and, for the sums that it takes part in, what is said there.
 #pragma once
 
@@ -42,6 +42,15 @@ struct GroupOrder {
 // Where pair (n, i) of this thread lies in its tile.
 GVIT_DEVICE int pair_token(int i) { return 16 * pair_stripe() + fragment_row(i); }
 GVIT_DEVICE int pair_group(int n, int i) { return 32 * pair_half() + 8 * (lane_index() % 4) + 2 * n + i % 2; }
+
+// The entries of this thread's two tokens; 0 where there is none.
+GVIT_DEVICE void load_pair_rows(float (&value)[2], const float* from, int token, int tokens) {
+    GVIT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+        const int mine = token + pair_token(2 * h);
+        value[h] = mine < tokens ? from[mine] : 0.0f;
+    }
+}
 
 template <class T, int kProducts>
 struct PairSources {
@@ -87,22 +96,6 @@ GVIT_DEVICE void multiply_pairs(PairValues (&products)[kProducts], const PairSou
     }
 }
 
-// The weights of one kind for a tile; nothing outside the tensors.
-template <class Op>
-GVIT_DEVICE PairValues pair_weights(const typename Op::Tile& tile, int kind, const PairValues (&products)[Op::kProducts],
-                                    int tokens_left, int groups_left) {
-    PairValues weights;
-    GVIT_UNROLL
-    for (int n = 0; n < 4; ++n) {
-        GVIT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const bool inside = pair_token(i) < tokens_left && pair_group(n, i) < groups_left;
-            weights.value[n][i] = inside ? tile.weight(kind, products, n, i) : 0.0f;
-        }
-    }
-    return weights;
-}
-
 // Rounds a warp's weights into the tile [64 tokens, 64 groups in GroupOrder].
 template <class T>
 GVIT_DEVICE void put_weights(const PairValues& weights, T* tile) {
@@ -125,10 +118,29 @@ GVIT_DEVICE void add_weighted(PairSum<T>& sum, const T* weights, const T* rows) 
     }
 }
 
+// out[i] = row i of a . row i of b, rows counted through the batch; one warp a row.
+constexpr int kRowDotThreads = 128;
+
+template <class T>
+GVIT_GLOBAL(kRowDotThreads)
+row_dot_kernel(Matrices a, Matrices b, index_t matrices, int heads, int rows, int columns, float* out) {
+    constexpr index_t warps = kRowDotThreads / kWarpSize;
+    for (index_t i = blockIdx.x * warps + warp_index(); i < matrices * rows; i += gridDim.x * warps) {
+        const index_t matrix = i / rows;
+        const int row = static_cast<int>(i % rows);
+        const T* const left = rows_of<const T>(a, matrix / heads, matrix % heads, rows, columns).row(row);
+        const T* const right = rows_of<const T>(b, matrix / heads, matrix % heads, rows, columns).row(row);
+        float sum = 0.0f;
+        for (int k = lane_index(); k < columns; k += kWarpSize) sum += to_float(left[k]) * to_float(right[k]);
+        sum = warp_sum(sum);
+        if (lane_index() == 0) out[i] = sum;
+    }
+}
+
 // ---- out[l] = sum over s ------------------------------------------------------------------------------------
 //
-// Op: kTokenTerm, a weight needs a sum over all groups of its token: Tile::token_term(products, n, i) is summed into
-//     Tile::term[token] and given to put_token_term(problem, token, term);
+// Op: kTokenTerm, whether weights need a sum over all groups of their token, of the two values that to_softmax makes
+//     multiplied; it is also given to put_token_term(problem, token, term);
 //     passes, pass(number): the results, each the sum of up to two kinds of weights; weights of kind k go with the
 //     rows of sources.groups[k]; result(number, problem), its rows; gather(...), what else a result has.
 
@@ -152,108 +164,122 @@ GVIT_DEVICE void sum_token_terms(float (&term)[2]) {
     for (int h = 0; h < 2; ++h) term[h] = halves[pair_token(2 * h)] + halves[kPairTile + pair_token(2 * h)];
 }
 
-// A block's work on one tile of tokens.
-template <class T, class Op>
+// A block's work on one tile of tokens. With one tile of groups its weights are made once and serve all chunks of all
+// results; with more, each chunk makes them anew.
+template <class T, class Op, bool kOneTile>
 struct TokenSide {
     const Op& op;
     T* memory;
     index_t problem;
     int token;
     PairSources<T, 2> sources;
-    PairValues products[2];
-    typename Op::Tile tile;
-    float term[2];
-    bool ready;  // products and tile are those of the only tile of groups
+    PairValues values[2];
+    float term[2] = {0.0f, 0.0f};
 
     GVIT_DEVICE TokenSide(const Op& op_, T* memory_, index_t problem_, int token_)
-        : op(op_), memory(memory_), problem(problem_), token(token_), sources(op_.sources(problem_)), term{}, ready(false) {}
+        : op(op_), memory(memory_), problem(problem_), token(token_), sources(op_.sources(problem_)) {}
 
-    GVIT_DEVICE void make_products(int group) {
+    GVIT_DEVICE void make_softmax(int group) {
         GVIT_SYNC();
-        tile = typename Op::Tile(op, problem, token, group);
-        multiply_pairs(products, sources, token, group, memory);
-        GVIT_UNROLL
-        for (int h = 0; h < 2; ++h) tile.term[h] = term[h];
+        multiply_pairs(values, sources, token, group, memory);
+        op.to_softmax(values, problem, token, group);
+    }
+
+    GVIT_DEVICE void make_weights(int group) {
+        make_softmax(group);
+        op.to_weights(values, term, problem, group);
     }
 
     GVIT_DEVICE void make_terms() {
-        for (int group = 0; group < op.groups; group += kPairTile) {
-            make_products(group);
+        for (int group = 0; group < (kOneTile ? 1 : op.groups); group += kPairTile) {
+            make_softmax(group);
             GVIT_UNROLL
             for (int n = 0; n < 4; ++n) {
                 GVIT_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const bool inside = token + pair_token(i) < op.tokens && group + pair_group(n, i) < op.groups;
-                    if (inside) term[i / 2] += tile.token_term(products, n, i);
-                }
+                for (int i = 0; i < 4; ++i) term[i / 2] += values[0].value[n][i] * values[1].value[n][i];
             }
         }
         sum_token_terms(term);
         GVIT_UNROLL
         for (int h = 0; h < 2; ++h) {
             const int mine = token + pair_token(2 * h);
-            if (pair_half() == 0 && lane_index() % 4 == 0 && mine < op.tokens) op.put_token_term(problem, mine, term[h]);
-            tile.term[h] = term[h];
+            const bool writes = pair_half() == 0 && lane_index() % 4 == 0 && mine < op.tokens;
+            if (writes) op.put_token_term(problem, mine, term[h]);
         }
-        ready = op.groups <= kPairTile;
+        if (kOneTile) op.to_weights(values, term, problem, 0);
     }
 
-    // One result. With a single tile of groups the products serve all its chunks; with more, each chunk makes them anew.
-    GVIT_DEVICE void make_result(int number) {
+    // Adds this tile of groups to `count` chunks of a result, one after the other; done(sum, chunk) after each.
+    template <class Done>
+    GVIT_DEVICE void add_tile(const TokenPass& pass, int group, int first, int count, PairSum<T>& sum, const Done& done) {
         constexpr int slots = 2;
         T* const weights = memory + slots * 2 * kTileSize<T>;
+        GVIT_SYNC();
+        auto rows = make_pipeline<slots>(count, [&, chunk = first](int slot) mutable {
+            GVIT_UNROLL
+            for (int kind = 0; kind < 2; ++kind) {
+                if (!pass.kind[kind]) continue;
+                load_tile<kPairThreads>(memory + (2 * slot + kind) * kTileSize<T>, sources.groups[kind], group,
+                                        chunk * kTileColumns<T>, GroupOrder{});
+            }
+            ++chunk;
+        });
+        GVIT_UNROLL
+        for (int kind = 0; kind < 2; ++kind) {
+            if (pass.kind[kind]) put_weights(values[kind], weights + kind * kWeightSize<T>);
+        }
+        for (int chunk = first; chunk < first + count; ++chunk) {
+            if (group == 0) sum.clear();
+            const int slot = rows.next();
+            GVIT_UNROLL
+            for (int kind = 0; kind < 2; ++kind) {
+                if (!pass.kind[kind]) continue;
+                add_weighted<true>(sum, weights + kind * kWeightSize<T>, memory + (2 * slot + kind) * kTileSize<T>);
+            }
+            done(chunk);
+        }
+    }
+
+    GVIT_DEVICE void make_result(int number) {
         const TokenPass pass = op.pass(number);
-        const bool weighted = pass.kind[0] || pass.kind[1];
         const auto to = op.result(number, problem);
         const int chunks = ceil_div(op.channels, kTileColumns<T>);
-        const int per_round = op.groups <= kPairTile ? chunks : 1;
         PairSum<T> sum;
-        for (int first = 0; first < chunks; first += per_round) {
-            for (int group = 0; group < op.groups; group += kPairTile) {
-                if (weighted && !ready) make_products(group);
-                ready = op.groups <= kPairTile;
-                GVIT_SYNC();
-                auto rows = make_pipeline<slots>(per_round, [&, chunk = first](int slot) mutable {
-                    for (int kind = 0; kind < 2; ++kind) {
-                        if (!pass.kind[kind]) continue;
-                        load_tile<kPairThreads>(memory + (2 * slot + kind) * kTileSize<T>, sources.groups[kind], group,
-                                                chunk * kTileColumns<T>, GroupOrder{});
-                    }
-                    ++chunk;
-                });
-                for (int kind = 0; kind < 2; ++kind) {
-                    if (!pass.kind[kind]) continue;
-                    put_weights(pair_weights<Op>(tile, kind, products, op.tokens - token, op.groups - group),
-                                weights + kind * kWeightSize<T>);
+        const auto store = [&](int chunk) {
+            const int column = chunk * kTileColumns<T> + kTileColumns<T> / 2 * pair_half();
+            const int row = token + 16 * pair_stripe();
+            if (pass.gathers) op.gather(sum, problem, row, column);
+            store_rows(sum, to, row, column);
+        };
+        if constexpr (kOneTile) {
+            add_tile(pass, 0, 0, chunks, sum, store);
+        } else {
+            for (int chunk = 0; chunk < chunks; ++chunk) {
+                for (int group = 0; group < op.groups; group += kPairTile) {
+                    if (pass.kind[0] || pass.kind[1]) make_weights(group);
+                    add_tile(pass, group, chunk, 1, sum, [](int) {});
                 }
-                for (int chunk = first; chunk < first + per_round; ++chunk) {
-                    if (group == 0) sum.clear();
-                    const int slot = rows.next();
-                    for (int kind = 0; kind < 2; ++kind) {
-                        if (!pass.kind[kind]) continue;
-                        add_weighted<true>(sum, weights + kind * kWeightSize<T>, memory + (2 * slot + kind) * kTileSize<T>);
-                    }
-                    if (group + kPairTile < op.groups) continue;
-                    const int column = chunk * kTileColumns<T> + kTileColumns<T> / 2 * pair_half();
-                    const int row = token + 16 * pair_stripe();
-                    if (pass.gathers) op.gather(sum, problem, row, column);
-                    store_rows(sum, to, row, column);
-                }
+                store(chunk);
             }
         }
     }
 };
 
-template <class T, template <class> class Operator, class Params>
-GVIT_GLOBAL(kPairThreads)
+template <class T, template <class> class Operator, bool kOneTile, class Params>
+GVIT_GLOBAL(kPairThreads, kOneTile && sizeof(T) == 2 ? 2 : 1)
 sum_over_groups_kernel(Params params) {
     using Op = Operator<T>;
     GVIT_DYNAMIC_SHARED(shared);
     const Op op(params);
     const int tiles = ceil_div(op.tokens, kPairTile);
     for (index_t item = blockIdx.x; item < op.problems * tiles; item += gridDim.x) {
-        TokenSide<T, Op> side(op, reinterpret_cast<T*>(shared), item / tiles, static_cast<int>(item % tiles) * kPairTile);
-        if constexpr (Op::kTokenTerm) side.make_terms();
+        TokenSide<T, Op, kOneTile> side(op, reinterpret_cast<T*>(shared), item / tiles,
+                                        static_cast<int>(item % tiles) * kPairTile);
+        if constexpr (Op::kTokenTerm) {
+            side.make_terms();
+        } else if (kOneTile) {
+            side.make_weights(0);
+        }
         for (int number = 0; number < op.passes; ++number) side.make_result(number);
         GVIT_SYNC();
     }
@@ -261,8 +287,8 @@ sum_over_groups_kernel(Params params) {
 
 // ---- out[s] = sum over l ------------------------------------------------------------------------------------
 //
-// Op: token_kind, the kind of weights; token_rows(problem), the rows that they multiply; group_result(problem);
-//     finish_group(problem, group, sum of the weights, writes): what the group's row is multiplied by.
+// Op: weights of kind 0 go with token_rows(problem); kTokenTerm as above, read back by load_token_terms(...);
+//     group_result(problem); finish_group(problem, group, sum of the weights, writes): what the group's row is multiplied by.
 
 // Threads' sums over their tokens of each of their eight groups, to the block's sums, and these to factors.
 template <class Finish>
@@ -289,7 +315,7 @@ GVIT_DEVICE void finish_groups(const float (&share)[8], float (&factor)[2], cons
 
 // A result of more than kChunks chunks is several work items.
 template <class T, template <class> class Operator, int kChunks, class Params>
-GVIT_GLOBAL(kPairThreads)
+GVIT_GLOBAL(kPairThreads, 1)
 sum_over_tokens_kernel(Params params) {
     using Op = Operator<T>;
     constexpr int kSlots = 2 * Op::kProducts;
@@ -313,17 +339,19 @@ sum_over_tokens_kernel(Params params) {
 
         for (int token = 0; token < op.tokens; token += kPairTile) {
             GVIT_SYNC();
-            PairValues products[Op::kProducts];
-            const typename Op::Tile tile(op, problem, token, group);
-            multiply_pairs(products, sources, token, group, memory);
+            PairValues values[Op::kProducts];
+                multiply_pairs(values, sources, token, group, memory);
+            op.to_softmax(values, problem, token, group);
+            float term[2] = {0.0f, 0.0f};
+            if constexpr (Op::kTokenTerm) op.load_token_terms(term, problem, token);
+            op.to_weights(values, term, problem, group);
             GVIT_SYNC();
             auto slots = make_pipeline<kSlots>(chunks, [&, chunk = 0](int slot) mutable {
                 load_tile<kPairThreads>(memory + slot * kTileSize<T>, rows, token, column + chunk++ * kTileColumns<T>);
             });
-            const auto values = pair_weights<Op>(tile, op.token_kind, products, op.tokens - token, op.groups - group);
-            put_weights(values, weights);
+            put_weights(values[0], weights);
             GVIT_UNROLL
-            for (int k = 0; k < 8; ++k) share[k] += values.value[k / 2][k % 2] + values.value[k / 2][2 + k % 2];
+            for (int k = 0; k < 8; ++k) share[k] += values[0].value[k / 2][k % 2] + values[0].value[k / 2][2 + k % 2];
             GVIT_UNROLL
             for (int c = 0; c < kChunks; ++c) {
                 if (c < chunks) add_weighted<false>(sum[c], weights, memory + slots.next() * kTileSize<T>);

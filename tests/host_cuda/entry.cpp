@@ -36,3 +36,5 @@ GVIT_EXPORT const char* gvit_host_probe(const char* name, float* data) {
 
 GVIT_ENTRY(group_attention, AttentionParams)
 GVIT_ENTRY(gumbel_assign, AssignParams)
+GVIT_ENTRY(group_attention_backward, AttentionParams)
+GVIT_ENTRY(gumbel_assign_backward, AssignParams)

@@ -118,7 +118,7 @@ constexpr int64_t kMaxBlocks = 3;
 #define GVIT_DEVICE inline
 #define GVIT_GLOBAL(...) inline void
 #define GVIT_UNROLL
-#define GVIT_NO_UNROLL
+#define GVIT_UNROLL_BY(count)
 
 #define GVIT_SYNC() ::gvit::host::sync_block(::gvit::host::Where::here())
 #define GVIT_DYNAMIC_SHARED(name) unsigned char* const name = ::gvit::host::dynamic_shared()

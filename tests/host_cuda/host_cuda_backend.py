@@ -79,6 +79,10 @@ class Launch:
         head = tensor.stride(1) if tensor.dim() == 4 else 0
         return Matrices(self._register(name, tensor, result), tensor.stride(0), head, tensor.stride(-2))
 
+    def workspace(self, floats: int) -> int | None:
+        """Memory between the kernels of one launch."""
+        return self.pointer("workspace", torch.empty(floats), result=True)
+
     def run(self, operator: str, params: ctypes.Structure) -> None:
         self._library.register(self._tensors)
         self._library.call(operator, ctypes.byref(params))
@@ -118,6 +122,35 @@ def group_attention_forward(
     if output.numel() > 0:
         launch.run("group_attention", params)
     return output, lse
+
+
+def group_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    on: Library | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    launch = Launch(on)
+    params = _attention_params(launch, query, key, value, scale)
+    grad_query = _heads_last(query, query.shape[2])
+    grad_key, grad_value = _heads_last(query, key.shape[2]), _heads_last(query, key.shape[2])
+    if query.shape[2] == 0:
+        return grad_query, grad_key.zero_(), grad_value.zero_()
+    params.output = launch.matrices("output", output)
+    params.lse = launch.pointer("lse", lse)
+    params.grad_output = launch.matrices("grad_output", grad_output)
+    params.grad_query = launch.matrices("grad_query", grad_query, result=True)
+    params.grad_key = launch.matrices("grad_key", grad_key, result=True)
+    params.grad_value = launch.matrices("grad_value", grad_value, result=True)
+    params.workspace = launch.workspace(lse.numel())
+    if query.shape[0] * query.shape[1] > 0:
+        launch.run("group_attention_backward", params)
+    return grad_query, grad_key, grad_value
 
 
 def _assign_params(
@@ -176,3 +209,41 @@ def gumbel_assign_forward(
     if batch > 0:
         launch.run("gumbel_assign", params)
     return output, index, count, lse
+
+
+def gumbel_assign_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    bias: Tensor | None,
+    noise_key: Tensor | None,
+    output: Tensor,
+    index: Tensor,
+    count: Tensor,
+    lse: Tensor,
+    scale: float,
+    tau: float,
+    eps: float,
+    hard: bool,
+    *,
+    on: Library | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    launch = Launch(on)
+    params = _assign_params(launch, query, key, value, bias, noise_key, (scale, tau, eps, hard))
+    grad_query, grad_key = torch.empty(query.shape, dtype=query.dtype), torch.empty(key.shape, dtype=key.dtype)
+    grad_value = query.new_empty(0) if value is None else torch.empty(value.shape, dtype=value.dtype)
+    grad_bias = query.new_empty(0) if bias is None else torch.empty(bias.shape, dtype=bias.dtype)
+    params.output = launch.matrices("output", output)
+    params.index = launch.pointer("index", index)
+    params.count = launch.pointer("count", count)
+    params.lse = launch.pointer("lse", lse)
+    params.grad_output = launch.matrices("grad_output", grad_output)
+    params.grad_query = launch.matrices("grad_query", grad_query, result=True)
+    params.grad_key = launch.matrices("grad_key", grad_key, result=True)
+    params.grad_value = launch.matrices("grad_value", None if value is None else grad_value, result=True)
+    params.grad_bias = launch.pointer("grad_bias", None if bias is None else grad_bias, result=True)
+    params.workspace = launch.workspace(count.numel() + lse.numel())
+    if query.shape[0] > 0:
+        launch.run("gumbel_assign_backward", params)
+    return grad_query, grad_key, grad_value, grad_bias
