@@ -109,7 +109,7 @@ def _run(config: TrainConfig, device: str, world: World) -> int:
         trainer.resume(found, say)
         say(f"continuing {found}")
     if world.is_main:
-        write_text_atomically(output / "config.yaml", options.to_yaml(replace(config, amp_dtype=dtype)))
+        write_text_atomically(output / "config.yaml", options.to_yaml(_as_saved(config, dtype)))
     say(_headline(config, trainer, loader.samples_per_epoch))
     stopped_by = trainer.fit()
     if not world.is_main:
@@ -142,6 +142,14 @@ def _run_folder(place: Path) -> Path:
     """The run that a run folder or one of its step folders belongs to."""
     place = place.resolve()
     return place.parent.parent if checkpoint.STEP_NAME.fullmatch(place.name) else place
+
+
+def _as_saved(config: TrainConfig, dtype: str) -> TrainConfig:
+    """The options to continue or repeat the run with, from any folder."""
+    data = ["::".join(os.path.abspath(part) for part in spec.split("::")) for spec in config.data]
+    paths = {name: getattr(config, name) for name in ("data_root", "eval_data", "json")}
+    paths = {name: path and path.absolute() for name, path in paths.items()}
+    return replace(config, **paths, data=data, amp_dtype=dtype, output=None, resume=None)
 
 
 def _set_up_torch(config: TrainConfig, device: str) -> None:

@@ -204,6 +204,20 @@ def test_print_config_is_yaml_that_can_be_given_back(tmp_path, capsys):
     assert capsys.readouterr().out == text
 
 
+def test_the_saved_configuration_works_from_any_folder(data, tmp_path, monkeypatch, capsys):
+    """Relative paths are made absolute; --config with it repeats the run elsewhere."""
+    folder = next(Path(data[1]).glob("shapes-*")) / "train"
+    monkeypatch.chdir(folder.parent)
+    assert train(*SMALL, "--data", "train", "--steps", 1, "--output", tmp_path / "run") == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert train("--config", "run/config.yaml", "--output", "again") == 0
+    assert weights(tmp_path / "again", 1) == weights(tmp_path / "run", 1)
+    assert "evaluations.json" not in {path.name for path in (tmp_path / "again").iterdir()}
+    assert train("--resume", "run", "--steps", 2) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
 def test_a_run_is_never_started_over_by_accident(data, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(*SMALL, *data, "--steps", 1, "--output", run) == 0
