@@ -21,8 +21,8 @@ constexpr int kTileSize = kTileRows * kTileStride<T>;
 template <class T>
 constexpr int kWeightStride = 64 + kPackSize<T>;
 
-// A matrix in global memory with contiguous rows. Only where it lies needs 64 bits: the launch code's caller has
-// seen to it that rows, columns and the stride fit 31 (fits_rows in csrc/launch_grid.h).
+// A matrix in global memory with contiguous rows. Only where it lies needs 64 bits: csrc/library_cuda.cpp has seen
+// to it that rows, columns and the stride fit 31.
 template <class T>
 struct Rows {
     T* start;
