@@ -4,12 +4,15 @@ Shapes: B images of this process, W processes, K texts an image, D embedding wid
 with the texts and images of all processes and let gradients flow through the gather; the mean over
 processes is the loss of the global batch. Everything here is float32, whatever autocast does outside.
 
-Sources: GroupViT paper, sections 3.2 (contrastive) and 3.3 (multi-label).
+Sources: GroupViT paper, sections 3.2 (contrastive) and 3.3 (multi-label). Matching prompts with single
+groups (`GROUP_SHARPNESS`) is not of the paper: it is multiple-instance learning as in Dietterich et al. 1997
+with the usual log-sum-exp for the maximum.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,8 @@ from groupvit_fast.training.distributed import gather, gather_with_grad, rank, w
 
 MAX_SCALE = 100.0
 """Largest factor on the cosine similarities, as in CLIP."""
+GROUP_SHARPNESS = 10.0
+"""How close the soft maximum over groups is to the maximum; on cosines, so between a mean and a choice."""
 
 
 def similarity_scale(logit_scale: Tensor) -> Tensor:
@@ -34,17 +39,22 @@ def contrastive_loss(
     image and text [B,D] need not be normalised; `logit_scale` is in log space. With `labels` [B] (int64),
     captions of equal label are one text that belongs to several images.
     """
-    return _matching_loss(image, text[:, None], logit_scale, None if labels is None else labels[:, None])
+    labels = None if labels is None else labels[:, None]
+    return _matching_loss(image[:, None], text[:, None], logit_scale, labels)
 
 
 def multi_label_loss(image: Tensor, prompts: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
     """Cross-entropy between images [B,D] and their prompts [B,K,D] with soft targets; 0-dim float32.
 
+    `image` may also be the groups of each image [B,G,D]: a prompt then matches an image as well as it
+    matches the best of its groups (a soft maximum), so a noun has to be found in one place.
+
     `labels` [B,K] (int64) say which prompts are the same text, in the global batch. An image's target is
     uniform over its distinct prompts, a prompt's over the images that have it; each distinct prompt counts
     once. When all prompts differ this is the formula of the paper.
     """
-    return _matching_loss(image, prompts, logit_scale, labels)
+    groups = image if image.dim() == 3 else image[:, None]
+    return _matching_loss(groups, prompts, logit_scale, labels)
 
 
 def text_labels(texts: Tensor, text_index: Tensor) -> Tensor:
@@ -66,20 +76,32 @@ def _hash_factors(device: torch.device, length: int = 1024) -> Tensor:
     return (torch.randint(-(2**63), 2**63 - 1, (length,), generator=generator) | 1).to(device)
 
 
-def _matching_loss(image: Tensor, text: Tensor, logit_scale: Tensor, labels: Tensor | None) -> Tensor:
-    """Half the sum of both directions' soft-target cross-entropy; image [B,D], text [B,K,D].
+def soft_maximum(similarity: Tensor) -> Tensor:
+    """Soft maximum of cosines over groups, [B,G,N] -> [B,N]: at most log(G) / `GROUP_SHARPNESS` too low."""
+    groups = similarity.shape[1]
+    if groups == 1:
+        return similarity[:, 0]
+    return ((GROUP_SHARPNESS * similarity).logsumexp(1) - math.log(groups)) / GROUP_SHARPNESS
+
+
+def _matching_loss(groups: Tensor, text: Tensor, logit_scale: Tensor, labels: Tensor | None) -> Tensor:
+    """Half the sum of both directions' soft-target cross-entropy; groups [B,G,D], text [B,K,D].
 
     The positives need no target matrix: an image meets its own texts on this process, so the target part
     of the cross-entropy is a [B,K] table of products, and only the normalisers see the gathered batch.
     """
-    with torch.autocast(image.device.type, enabled=False):
-        image = F.normalize(image.float(), dim=-1)
+    with torch.autocast(groups.device.type, enabled=False):
+        groups = F.normalize(groups.float(), dim=-1)
         text = F.normalize(text.float(), dim=-1)
-        all_images, all_texts = gather_with_grad(image), gather_with_grad(text)
+        all_groups, all_texts = gather_with_grad(groups), gather_with_grad(text)
         scale = similarity_scale(logit_scale)
-        own = scale * torch.einsum("bd,bkd->bk", image, text)
-        to_texts = scale * image @ all_texts.flatten(0, 1).T
-        to_images = scale * text @ all_images.T
+        own = scale * soft_maximum(groups @ text.transpose(1, 2))
+        to_texts = scale * soft_maximum(groups @ all_texts.flatten(0, 1).T)
+        # one process compares the same pairs in both directions
+        to_images = to_texts
+        if world_size() > 1:
+            to_images = scale * soft_maximum(all_groups @ text.flatten(0, 1).T)
+        images_of_text = to_images.logsumexp(0).view_as(own)
         if labels is None:
             per_image, per_text = (
                 torch.full_like(own, 1 / own.shape[1]),
@@ -89,7 +111,7 @@ def _matching_loss(image: Tensor, text: Tensor, logit_scale: Tensor, labels: Ten
             share, per_image, per_text = _label_weights(labels)
             to_texts = to_texts + share.log()
         image_loss = (to_texts.logsumexp(1) - (per_image * own).sum(1)).mean()
-        text_loss = (per_text * (to_images.logsumexp(2) - own)).sum()
+        text_loss = (per_text * (images_of_text - own)).sum()
         return 0.5 * (image_loss + text_loss)
 
 
