@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import library, reference, registration
 from .checks import check_at_least_one, check_tensors
-
-NAMESPACE = "groupvit_fast"
 
 
 def upsample_masks(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -141,22 +139,24 @@ def _check_target(
 
 def _register() -> None:
     """Tell PyTorch shapes, gradients and batching of the operators; their schemas are in library_cpu.cpp."""
-    upsample, backward = f"{NAMESPACE}::upsample_masks", f"{NAMESPACE}::upsample_masks_backward"
-    decode = f"{NAMESPACE}::decode_masks"
+    for name in ("upsample_masks", "upsample_masks_backward"):
+        registration.fake(name)(lambda maps, h, w: maps.new_empty((*maps.shape[:2], h, w)))
+        torch.library.register_vmap(f"{registration.NAMESPACE}::{name}", _batched(name))
 
-    for name in (upsample, backward):
-        torch.library.register_fake(name)(lambda maps, h, w: maps.new_empty((*maps.shape[:2], h, w)))
-        torch.library.register_vmap(name)(_resize_vmap(name))
-
-    @torch.library.register_fake(decode)
+    @registration.fake("decode_masks")
     def _(maps, scores, height, width, background_threshold, target, num_classes):
         labels = maps.new_empty((maps.shape[0], height, width), dtype=torch.int64)
         table = 0 if target is None else num_classes
         return labels, maps.new_empty((table, table), dtype=torch.int64)
 
     # The two are each other's transpose, so each is the gradient of the other, to any order.
-    for name, transpose in ((upsample, backward), (backward, upsample)):
-        torch.library.register_autograd(name, _transposed(transpose), setup_context=_keep_size)
+    for name, other in (
+        ("upsample_masks", "upsample_masks_backward"),
+        ("upsample_masks_backward", "upsample_masks"),
+    ):
+        torch.library.register_autograd(
+            f"{registration.NAMESPACE}::{name}", _transposed(other), setup_context=_keep_size
+        )
 
 
 def _keep_size(ctx, inputs, output) -> None:
@@ -165,19 +165,18 @@ def _keep_size(ctx, inputs, output) -> None:
 
 def _transposed(name: str):
     def backward(ctx, gradient: Tensor):
-        operator = getattr(torch.ops.groupvit_fast, name.split("::")[1])
-        return operator(gradient, *ctx.size), None, None
+        return getattr(torch.ops.groupvit_fast, name)(gradient, *ctx.size), None, None
 
     return backward
 
 
-def _resize_vmap(name: str):
-    def vmap(info, in_dims, maps: Tensor, height: int, width: int):
+def _batched(name: str):
+    def rule(info, in_dims, maps: Tensor, height: int, width: int):
         maps = maps.movedim(in_dims[0], 0)
-        operator = getattr(torch.ops.groupvit_fast, name.split("::")[1])
-        return operator(maps.flatten(0, 1), height, width).unflatten(0, maps.shape[:2]), 0
+        result = getattr(torch.ops.groupvit_fast, name)(maps.flatten(0, 1), height, width)
+        return result.unflatten(0, maps.shape[:2]), 0
 
-    return vmap
+    return rule
 
 
 if library.HAS_CPU:
