@@ -280,6 +280,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(bad, data, tmp_path, capsys, a
     assert sorted(bad["run"].rglob("*")) == before
 
 
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert train("--compile") == 1
+    assert capsys.readouterr().err.startswith("error: --compile needs a C++ compiler")
+
+
 def test_the_module_runs_as_a_program():
     env = {**os.environ, "PYTHONPATH": str(Path(groupvit_fast.__file__).parents[1])}
     command = [sys.executable, "-m", "groupvit_fast.train", "--step", "3"]

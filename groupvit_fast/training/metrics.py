@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from groupvit_fast.console import write_text_atomically
+from groupvit_fast.console import UserError, write_text_atomically
 from groupvit_fast.training.distributed import sum_over_processes, world_size
 
 PLAIN_LINE_SECONDS = 5.0
@@ -84,8 +84,13 @@ class MetricsFile:
         write_text_atomically(path, "".join(line + "\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_rounded(record)) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_rounded(record)) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room and continue with --resume"
+            ) from error
 
 
 class ProgressLine:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from groupvit_fast.console import UserError
 from groupvit_fast.training import metrics
 from groupvit_fast.training.metrics import Clock, MetricsFile, ProgressLine, RunningMeans
 
@@ -35,6 +36,14 @@ def test_metrics_file_continues_after_a_step(tmp_path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 9]
     assert records[0] == {"step": 1, "loss": 0.123456789, "images_per_s": 1235.0}
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", resume_from=0)
+    file.path.unlink()
+    file.path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        file.write({"step": 1})
 
 
 def test_plain_progress_is_a_line_now_and_then(capsys, monkeypatch):

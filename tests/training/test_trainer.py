@@ -262,6 +262,28 @@ def test_no_noise_means_no_noise(tmp_path):
     assert keys[1] is None
 
 
+def test_bf16_keeps_weights_losses_and_norms_in_float32(tmp_path):
+    plain = trainer(tmp_path / "plain", replace(CONFIG, steps=1))
+    mixed = trainer(tmp_path / "mixed", replace(CONFIG, steps=1), dtype="bf16")
+    plain.fit()
+    mixed.fit()
+    assert mixed.last_record["loss"] != plain.last_record["loss"]
+    assert mixed.last_record["loss"] == pytest.approx(plain.last_record["loss"], rel=0.02)
+    assert {value.dtype for value in mixed.model.parameters()} == {torch.float32}
+    assert mixed.last_record["bad_steps"] == 0
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training(tmp_path):
+    records = []
+    for compiled in (False, True):
+        run = trainer(tmp_path / str(compiled), replace(CONFIG, compile=compiled, steps=4))
+        run.fit()
+        records.append(run.last_record)
+    assert records[1]["loss"] == pytest.approx(records[0]["loss"], rel=1e-4)
+    assert records[1]["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=1e-3)
+
+
 def test_mix_spreads():
     assert (
         len({mix(seed, rank, step) % 1000 for seed in range(5) for rank in range(5) for step in range(5)})
