@@ -57,6 +57,21 @@ T dot(const T* a, const T* b, index_t padded_width) {
     return sum_lanes<T>(sum);
 }
 
+// sums[j] += sum over i of rows[i][j], in blocks, so that rounding errors do not grow with the number of rows.
+template <class T>
+void add_column_sums(Rows<const T> rows, index_t count, index_t padded_width, T* sums) {
+    constexpr index_t kBlock = 16;
+    for (index_t j = 0; j < padded_width; j += kLanes<T>) {
+        Vector<T> total{};
+        for (index_t first = 0; first < count; first += kBlock) {
+            Vector<T> block{};
+            for (index_t i = first; i < smaller(first + kBlock, count); ++i) block += load(rows[i] + j);
+            total += block;
+        }
+        store(sums + j, load(sums + j) + total);
+    }
+}
+
 // to[column][i] = factor * rows[i][column], i padded with zeros to whole vectors: the layout in which a product
 // over `width` has its results along the vector.
 template <class T>

@@ -37,6 +37,7 @@ class AssignBackward : AssignTile<S> {
                        p.channels, false);
             for (index_t token = 0; token < count; ++token)
                 differentiate(token, static_cast<const T*>(p.lse)[sample * p.tokens + first + token]);
+            if (p.grad_bias != nullptr) add_column_sums<T>({logits, groups_row}, count, groups_row, grad_bias);
             product<T>({logits, 1, groups_row}, this->keys.data, this->keys.row, grad_query, channels_row, p.groups,
                        channels_row, count, true);
             write_token_gradients(sample, first, count);
@@ -90,7 +91,6 @@ class AssignBackward : AssignTile<S> {
             const Vector<T> e = load(row + s);
             const Vector<T> d_logit = e * (load(d_row + s) - mean) * factor;
             store(row + s, d_logit);
-            store(grad_bias + s, load(grad_bias + s) + d_logit);
             if (!p.hard) store(d_row + s, e * normal * load(inverse + s));
         }
     }

@@ -46,9 +46,10 @@ class AssignForward : AssignTile<S> {
                 const index_t winner = assign(token, sample * p.tokens + first + token);
                 if (p.hard) add_to_group(winner, values[token]);
             }
-            if (!p.hard)
-                product<T>({soft, 1, groups_row}, values.data, values.row, sums, channels_row, p.groups, channels_row,
-                           count, true);
+            if (p.hard) continue;
+            add_column_sums<T>({soft, groups_row}, count, groups_row, counts);
+            product<T>({soft, 1, groups_row}, values.data, values.row, sums, channels_row, p.groups, channels_row,
+                       count, true);
         }
         finish(sample);
     }
@@ -90,9 +91,7 @@ class AssignForward : AssignTile<S> {
         } else {
             const T inverse = 1 / total;
             for (index_t s = 0; s < groups_row; s += lanes) {
-                const Vector<T> share = load(soft_row + s) * inverse;
-                store(soft_row + s, share);
-                store(counts + s, load(counts + s) + share);
+                store(soft_row + s, load(soft_row + s) * inverse);
             }
         }
         return winner;

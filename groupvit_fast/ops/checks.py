@@ -60,7 +60,7 @@ def check_number(name: str, value: float, *, above: float = -math.inf, at_least:
     if isinstance(value, Tensor):
         raise ValueError(f"{name} must be a Python number (a tensor would need a host synchronisation)")
     number = float(value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # not isfinite: the compiler may trace the number as a symbol
         raise ValueError(f"{name} must be finite, got {number}")
     if not number > above:
         raise ValueError(f"{name} must be above {above:g}, got {number:g}")

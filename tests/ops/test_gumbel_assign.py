@@ -1,0 +1,334 @@
+"""gumbel_assign on every back end, against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from backends import BACKENDS, Backend
+from error_budget import check_budget, leaf, widened
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from groupvit_fast.ops import reference
+
+# B, S, L, C: both official stages, one of everything, odd numbers, partial tiles, more groups than tokens.
+SHAPES = [
+    (2, 64, 196, 384),
+    (2, 8, 64, 384),
+    (1, 64, 785, 96),
+    (3, 7, 37, 33),
+    (2, 1, 5, 16),
+    (2, 5, 1, 16),
+    (1, 1, 1, 1),
+    (2, 65, 3, 40),
+    (1, 128, 97, 48),
+    (2, 9, 131, 8),
+]
+NOISE = (0x123456789ABCDEF, -5)
+
+
+def inputs(shape, dtype=torch.float32, device="cpu", shared=False, bias=True, spread=2.0):
+    """query, key, value, bias and a gradient; the logits have a standard deviation of about `spread`."""
+    batch, groups, tokens, channels = shape
+    tensors = [torch.randn(batch, rows, channels) for rows in (groups, tokens, tokens, groups)]
+    tensors[0] *= spread
+    tensors.insert(3, torch.randn(batch, groups) if bias else None)
+    query, key, value, bias, gradient = (None if t is None else t.to(device, dtype) for t in tensors)
+    return query, key, None if shared else value, bias, gradient
+
+
+def skip_if_too_large(backend: Backend, shape):
+    if math.prod(shape) > backend.largest:
+        pytest.skip("too large to run on the host")
+
+
+def noise_key(backend, value=NOISE):
+    return torch.tensor(value, device=backend.device)
+
+
+def completed(query, options):
+    options = {"scale": None, "tau": 1.0, "eps": 1.0, "hard": True, "noise_key": None} | options
+    return options | {"scale": query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]}
+
+
+def rounding_floors(query, key, value, bias, gradient, options):
+    """Rounding of float32 sums whose terms cancel, of logits and noise, of the output the backward reads.
+
+    The noise is float32 on every back end, and its two logarithms may differ in the last place.
+    """
+    options = completed(query, options)
+    tiny = torch.finfo(torch.float64 if query.dtype == torch.float64 else torch.float32).eps
+    q, k, b, g = (None if t is None else t.detach().cpu().double() for t in (query, key, bias, gradient))
+    v = k if value is None else value.detach().cpu().double()
+    result = reference.gumbel_assign(q, k, v, bias=b, **options)
+    mass = result.count.unsqueeze(-1) + options["eps"]
+    z = reference.assignment_logits(q, k, b, options["scale"])
+    inexact = tiny + tiny * z.abs().max().item() / options["tau"]
+    if options["noise_key"] is not None:
+        noise = reference.gumbel_noise(options["noise_key"], z.shape)
+        z = z + noise
+        inexact += torch.finfo(torch.float32).eps * noise.abs().max().item() / options["tau"]
+    soft = (z / options["tau"]).softmax(dim=1)
+    hard = torch.nn.functional.one_hot(z.argmax(dim=1), z.shape[1]).mT.double()
+    share = (hard if options["hard"] else soft) / mass
+    read_back = (g * result.output).abs().sum(-1, keepdim=True) * torch.finfo(query.dtype).eps
+    term = soft * (inexact * (g.abs() @ v.abs().mT) + read_back) / mass
+    d_logits = options["scale"] / options["tau"] * (term + soft * term.sum(dim=1, keepdim=True))
+    floors = {"query": d_logits @ k.abs(), "key": d_logits.mT @ q.abs(), "bias": d_logits.sum(-1)}
+    floors |= {"output": inexact * share @ v.abs(), "value": inexact * share.mT @ g.abs()}
+    if value is None:
+        floors["key"] = floors["key"] + floors["value"]
+    return {name: floor.max().item() if floor.numel() else 0.0 for name, floor in floors.items()}
+
+
+def check(backend, shape, options, **given):
+    """The whole comparison for one problem: output and gradients against the reference in float64."""
+    query, key, value, bias, gradient = inputs(shape, device=backend.device, **given)
+    cpu_options = options | {"noise_key": options["noise_key"].cpu()} if "noise_key" in options else options
+
+    def kernel(query, key, value, bias):
+        return backend.gumbel_assign(query, key, key if value is None else value, bias=bias, **options).output
+
+    def truth(query, key, value, bias):
+        value = key if value is None else value
+        return reference.gumbel_assign(query, key, value, bias=bias, **completed(query, cpu_options)).output
+
+    named = {"query": query, "key": key, "value": value, "bias": bias}
+    floors = rounding_floors(query, key, value, bias, gradient, cpu_options)
+    check_budget(kernel, truth, named, gradient, floors)
+
+
+# ---- values and gradients --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one tensor", "two tensors"])
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_the_error_budget(backend, shape, hard, shared):
+    skip_if_too_large(backend, shape)
+    check(backend, shape, {"tau": 0.7, "hard": hard, "noise_key": noise_key(backend)}, shared=shared)
+
+
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+@pytest.mark.parametrize("shape", [(2, 7, 37, 33), (1, 64, 60, 48)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_dtypes_keep_the_budget(backend, dtype, shape, hard):
+    if dtype not in backend.dtypes:
+        pytest.skip(f"no {dtype} kernel")
+    skip_if_too_large(backend, shape)
+    check(backend, shape, {"hard": hard}, dtype=dtype)
+
+
+def test_without_bias_and_noise(backend):
+    check(backend, (2, 7, 37, 33), {"scale": 0.4}, bias=False)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 196, 384), (2, 7, 37, 33)], ids=str)
+def test_index_and_count(backend, shape):
+    """Every token whose two best groups are apart agrees; the counts are those of the indices."""
+    skip_if_too_large(backend, shape)
+    query, key, _, bias, _ = inputs(shape, device=backend.device)
+    result = backend.gumbel_assign(query, key, key, bias=bias, noise_key=noise_key(backend))
+    z = reference.assignment_logits(*(widened(t) for t in (query, key, bias)), shape[3] ** -0.5)
+    z = z + reference.gumbel_noise(torch.tensor(NOISE), z.shape)
+    clear = z.topk(2, dim=1).values.diff(dim=1).abs()[:, 0] > 1e-5
+    index = result.index.cpu()
+    assert result.index.dtype == torch.int64
+    assert clear.float().mean() > 0.999
+    assert torch.equal(index[clear], z.argmax(dim=1)[clear])
+    counted = torch.nn.functional.one_hot(index, shape[1]).sum(dim=1).float()
+    assert torch.equal(result.count.cpu(), counted)
+    soft = backend.gumbel_assign(query, key, key, bias=bias, noise_key=noise_key(backend), hard=False)
+    torch.testing.assert_close(soft.count.cpu(), z.softmax(dim=1).sum(-1).float(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("key", [(0, 0), (5, 1), (-1, -2), (0x123456789ABCDEF, 0x7EDCBA9876543210)])
+@pytest.mark.parametrize("shape", [(2, 7, 37), (1, 64, 100), (3, 1, 5), (2, 10, 129)])
+def test_noise_is_that_of_the_reference_element_by_element(backend, shape, key):
+    """With all groups but one at -inf, the sum of exponentials is the noise of that one."""
+    if backend.name == "host_cuda":
+        shape = (shape[0], min(shape[1], 10), shape[2])
+    batch, groups, tokens = shape
+    wanted = reference.gumbel_noise(torch.tensor(key), shape)
+    query, token = torch.zeros(batch, groups, 4), torch.zeros(batch, tokens, 4)
+    for group in {0, groups // 2, groups - 1}:
+        bias = torch.full((batch, groups), -torch.inf)
+        bias[:, group] = 0
+        tensors = [t.to(backend.device) for t in (query, token, bias)]
+        lse = backend.statistic(tensors[0], tensors[1], bias=tensors[2], noise_key=noise_key(backend, key))
+        torch.testing.assert_close(lse.cpu(), wanted[:, group], rtol=5e-7, atol=5e-7)
+
+
+def test_soft_gradcheck(backend):
+    if torch.float64 not in backend.dtypes:
+        pytest.skip("no float64 kernel")
+    query, key, value, bias, _ = (leaf(t) for t in inputs((2, 3, 4, 5), dtype=torch.float64))
+
+    def output(query, key, value, bias):
+        options = {"bias": bias, "hard": False, "tau": 0.7, "noise_key": noise_key(backend)}
+        return backend.gumbel_assign(query, key, value, **options).output
+
+    assert torch.autograd.gradcheck(output, (query, key, value, bias))
+
+
+def test_saturated_logits_have_no_gradient(backend):
+    """At logits of 1e4 the softmax is 0 or 1, and rounding must not leave a gradient of the logits."""
+    query, key, _, _, gradient = inputs((2, 8, 40, 32), device=backend.device, shared=True, spread=1e4)
+    query, key = leaf(query), leaf(key)
+    z = reference.assignment_logits(query.cpu().double(), key.cpu().double(), None, 32**-0.5)
+    apart = bool((z.topk(2, dim=1).values.diff(dim=1).abs() > 200).all())
+    key = key if apart else leaf(key[:, z.topk(2, dim=1).values.diff(dim=1).abs()[:, 0].amin(0) > 200])
+    (result,) = torch.autograd.grad(backend.gumbel_assign(query, key, key).output, query, gradient)
+    assert result.abs().max() == 0
+
+
+# ---- documented corner cases -----------------------------------------------------------------------------
+
+
+def test_ties_go_to_the_lowest_group(backend):
+    query, key = torch.ones(2, 9, 4, device=backend.device), torch.ones(2, 5, 4, device=backend.device)
+    assert (backend.gumbel_assign(query, key, key).index == 0).all()
+    bias = torch.zeros(2, 9, device=backend.device)
+    bias[:, 6:] = 1
+    assert (backend.gumbel_assign(query, key, key, bias=bias).index == 6).all()
+
+
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+@pytest.mark.parametrize(
+    ("bad", "winner"),
+    [
+        ({2: math.nan}, 2),
+        ({3: math.inf, 5: math.nan}, 5),
+        ({4: math.inf, 1: math.inf}, 1),
+        ({None: -math.inf}, 0),
+    ],
+    ids=["NaN", "NaN beats inf", "first inf", "only -inf"],
+)
+def test_a_token_without_a_softmax_spoils_its_sample_only(backend, bad, winner, hard):
+    query, key, _, bias, gradient = inputs((3, 7, 10, 16), device=backend.device, shared=True)
+    for group, value in bad.items():
+        bias[1, slice(None) if group is None else group] = value
+    query, key, bias = leaf(query), leaf(key), leaf(bias)
+    result = backend.gumbel_assign(query, key, key, bias=bias, hard=hard)
+    clean = backend.gumbel_assign(query[::2], key[::2], key[::2], bias=bias[::2], hard=hard)
+    assert (result.index[1] == winner).all()
+    assert result.output[1].isnan().all()
+    assert result.count[1].isnan().all()
+    assert torch.equal(result.output[::2], clean.output)
+    for grad in torch.autograd.grad(result.output, (query, key), gradient):
+        assert grad[1].isnan().any()
+        assert torch.isfinite(grad[::2]).all()
+
+
+def test_minus_infinity_excludes_a_group(backend):
+    query, key, _, bias, gradient = inputs((2, 7, 30, 16), device=backend.device, shared=True)
+    bias[:, 3] = -math.inf
+    query, key = leaf(query), leaf(key)
+    result = backend.gumbel_assign(query, key, key, bias=bias)
+    assert not (result.index == 3).any()
+    assert (result.output[:, 3] == 0).all()
+    for grad in torch.autograd.grad(result.output, (query, key), gradient):
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 8), (2, 4, 0, 8)], ids=["no sample", "no token"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_empty_inputs(backend, shape, shared):
+    query, key, value, bias, gradient = inputs(shape, device=backend.device, shared=shared)
+    tensors = [leaf(t) for t in (query, key, key if shared else value, bias)]
+    if shared:
+        tensors[2] = tensors[1]
+    result = backend.gumbel_assign(*tensors[:3], bias=tensors[3], noise_key=noise_key(backend))
+    assert result.index.shape == (shape[0], shape[2])
+    assert (result.output == 0).all()
+    assert (result.count == 0).all()
+    for tensor, grad in zip(tensors, torch.autograd.grad(result.output, tensors, gradient), strict=True):
+        assert grad.shape == tensor.shape
+        assert (grad == 0).all()
+
+
+def test_an_empty_group_without_eps_is_nan_as_in_eager(backend):
+    query = torch.tensor([[[1.0], [-1.0]]], device=backend.device)
+    key = torch.ones(1, 3, 1, device=backend.device)
+    output = backend.gumbel_assign(query, key, key, eps=0.0).output
+    assert output[0, 0].item() == pytest.approx(1.0)
+    assert output[0, 1].isnan().all()
+
+
+# ---- memory layouts --------------------------------------------------------------------------------------
+
+
+def transposed(tensor):
+    return tensor.mT.contiguous().mT
+
+
+def sliced(tensor):
+    wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1] + 1, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 1 : 1 + tensor.shape[-1]] = tensor
+    return wide[..., 1 : 1 + tensor.shape[-1]]
+
+
+def every_other_row(tensor):
+    return tensor.repeat_interleave(2, dim=1)[:, ::2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [transposed, sliced, every_other_row], ids=lambda f: f.__name__)
+def test_memory_layout_does_not_matter(backend, layout, dtype):
+    query, key, value, bias, gradient = inputs((2, 7, 37, 32), dtype=dtype, device=backend.device)
+    results = []
+    for change in (lambda t: t, layout):
+        leaves = [leaf(change(t)) for t in (query, key, value)]
+        result = backend.gumbel_assign(*leaves, bias=leaf(bias), noise_key=noise_key(backend))
+        results.append([*result, *torch.autograd.grad(result.output, leaves, change(gradient))])
+    for one, other in zip(*results, strict=True):
+        if backend.name == "reference":  # torch picks its matrix product by layout
+            torch.testing.assert_close(one, other)
+        else:
+            assert torch.equal(one, other)
+
+
+def test_expanded_inputs(backend):
+    query, key, _, _, _ = inputs((1, 7, 37, 32), device=backend.device, shared=True)
+    key = torch.cat([key, key + 0.5, key - 0.5])
+    results = []
+    for shared_query in (query.expand(3, -1, -1), query.repeat(3, 1, 1)):
+        one, two = leaf(shared_query), leaf(key)
+        output = backend.gumbel_assign(one, two, two).output
+        results.append(
+            [output, *torch.autograd.grad(output.sum(), (one, two))]
+        )  # the gradient is expanded too
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+# ---- properties ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*(st.integers(1, top) for top in (3, 70, 140, 70))),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 100.0, 1e4]),
+    tau=st.sampled_from([0.1, 1.0, 5.0]),
+    eps=st.sampled_from([1e-6, 1.0]),
+    noisy=st.booleans(),
+    hard=st.booleans(),
+    shared=st.booleans(),
+    biased=st.booleans(),
+)
+def test_any_problem_stays_in_the_budget(shape, dtype, spread, tau, eps, noisy, hard, shared, biased):
+    backend = next((b for b in reversed(BACKENDS) if b.compiled), BACKENDS[0])
+    options = {"tau": tau, "eps": eps, "hard": hard} | ({"noise_key": noise_key(backend)} if noisy else {})
+    given = {"dtype": dtype, "shared": shared, "bias": biased, "spread": spread}
+    torch.manual_seed(1)
+    query, key, _, bias, _ = inputs(shape, device=backend.device, **given)
+    own = backend.gumbel_assign(query, key, key, bias=bias, **options).index.cpu()
+    z = reference.assignment_logits(*(widened(t) for t in (query, key, bias)), shape[3] ** -0.5)
+    z = z + reference.gumbel_noise(torch.tensor(NOISE), z.shape) if noisy else z
+    if hard and not torch.equal(own, z.argmax(dim=1)):
+        return  # a tie to within rounding went the other way, so the outputs differ by a token
+    torch.manual_seed(1)
+    check(backend, shape, options, **given)
