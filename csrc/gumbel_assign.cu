@@ -1,5 +1,5 @@
 // Launch of the gumbel_assign kernels.
-#include "kernels/gumbel_assign.cuh"
+#include "kernels/gumbel_assign_backward.cuh"
 
 #include "csrc/launch_grid.h"
 

@@ -22,6 +22,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // Output columns of one work item, and the tiles that hold them.
 constexpr int kAttendColumns = 64;
+template <int kWarps>
+constexpr int kAttendThreads = kWarps * kWarpSize;
 template <class T>
 constexpr int kAttendTiles = kAttendColumns / kTileColumns<T>;
 // Slots of the token pipeline. A head dim of up to kAttendResident tiles keeps its queries in shared memory;
@@ -32,9 +34,10 @@ constexpr int kAttendSlots = kResident ? 4 : 2;
 
 template <class T, int kWarps, bool kResident>
 size_t attend_shared_bytes(index_t depth) {
-    const index_t queries = kResident ? ceil_div<index_t>(depth, kTileColumns<T>) * 16 * kWarps * kTileStride<T> : 0;
-    const index_t slots = kAttendSlots<kResident> * (kResident ? 1 : 2) * kTileSize<T>;
-    return (queries + slots + 16 * kWarps * kWeightStride<T>) * sizeof(T);
+    constexpr index_t rows = 16 * kWarps, row = kTileStride<T>, weight_row = kWeightStride<T>;
+    const index_t queries = kResident ? ceil_div<index_t>(depth, kTileColumns<T>) * rows * row : 0;
+    const index_t slots = kAttendSlots<kResident> * (kResident ? 1 : 2) * kTileRows * row;
+    return sizeof(T) * (queries + slots + rows * weight_row);
 }
 
 // The softmax so far of the two groups (rows lane/4 and lane/4 + 8) that a thread shares with three others.
@@ -127,15 +130,15 @@ GVIT_DEVICE void finish_attention(const AttentionParams& p, const AttendItem& it
 }
 
 template <class T, int kWarps, bool kResident>
-GVIT_GLOBAL(kWarps * kWarpSize, kWarps == 1 ? 8 : 3)
-attend_kernel(AttentionParams p) {
-    constexpr int kRows = 16 * kWarps, kThreads = kWarps * kWarpSize, kSlots = kAttendSlots<kResident>;
+GVIT_GLOBAL(kAttendThreads<kWarps>, kWarps == 1 ? 8 : 3) attend_kernel(AttentionParams p) {
+    constexpr int kRows = 16 * kWarps, kThreads = kAttendThreads<kWarps>, kSlots = kAttendSlots<kResident>;
     constexpr int kSlotSize = (kResident ? 1 : 2) * kTileSize<T>, kQuerySize = kRows * kTileStride<T>;
     GVIT_DYNAMIC_SHARED(shared);
     T* const slots = reinterpret_cast<T*>(shared);
     T* const weights = slots + kSlots * kSlotSize + warp_index() * 16 * kWeightStride<T>;
     T* const queries = slots + kSlots * kSlotSize + kRows * kWeightStride<T>;
-    const int tokens = static_cast<int>(p.tokens), chunks = static_cast<int>(ceil_div<index_t>(p.depth, kTileColumns<T>));
+    const int tokens = static_cast<int>(p.tokens);
+    const int chunks = ceil_div(static_cast<int>(p.depth), kTileColumns<T>);
     const float scale = static_cast<float>(p.scale) * kLog2E;
 
     for (index_t i = blockIdx.x; i < attend_items(p, kRows); i += gridDim.x) {
@@ -173,10 +176,9 @@ attend_kernel(AttentionParams p) {
             scores.clear();
             for (int c = 0; c < chunks; ++c) {
                 const T* const keys = slots + tiles.next() * kSlotSize;
-                const T* const rows = (kResident ? queries + c * kQuerySize : keys + kTileSize<T>) +
-                                      warp_index() * 16 * kTileStride<T>;
-                multiply<Sum::along_rows, Sum::along_rows>(scores, rows, kTileStride<T>, keys, kTileStride<T>,
-                                                           kTileColumns<T>);
+                const T* const rows = kResident ? queries + c * kQuerySize : keys + kTileSize<T>;
+                multiply<Sum::along_rows, Sum::along_rows>(scores, rows + warp_index() * 16 * kTileStride<T>,
+                                                           kTileStride<T>, keys, kTileStride<T>, kTileColumns<T>);
             }
             float shrink[2];
             softmax.update(scores, scale, smaller(tokens - token, kTileRows), shrink);
@@ -186,8 +188,8 @@ attend_kernel(AttentionParams p) {
             for (int t = 0; t < kAttendTiles<T>; ++t) {
                 output[t].scale_rows(shrink);
                 const T* const values = slots + tiles.next() * kSlotSize;
-                multiply<Sum::along_rows, Sum::down_rows>(output[t], weights, kWeightStride<T>, values,
-                                                          kTileStride<T>, kTileRows);
+                multiply<Sum::along_rows, Sum::down_rows>(output[t], weights, kWeightStride<T>, values, kTileStride<T>,
+                                                          kTileRows);
             }
         }
         finish_attention<T>(p, item, softmax, output);
@@ -208,8 +210,11 @@ struct AttentionGradient {
     int tokens, groups, channels;
 
     GVIT_DEVICE explicit AttentionGradient(const AttentionParams& params)
-        : p(params), problems(params.samples * params.heads), tokens(static_cast<int>(params.tokens)),
-          groups(static_cast<int>(params.groups)), channels(static_cast<int>(params.depth)) {}
+        : p(params),
+          problems(params.samples * params.heads),
+          tokens(static_cast<int>(params.tokens)),
+          groups(static_cast<int>(params.groups)),
+          channels(static_cast<int>(params.depth)) {}
 
     template <class U>
     GVIT_DEVICE Rows<U> rows(const Matrices& from, index_t head, int count) const {

@@ -33,10 +33,10 @@ GVIT_DEVICE void load_matrices(uint32_t (&fragment)[4], const void* row) {
     }
 }
 
-#define GVIT_MMA(type)                                                                                         \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                        \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                      \
+#define GVIT_MMA(type)                                                                  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 // sum [16, 8] += a [16, 16] b [16, 8], in float32.
@@ -66,7 +66,8 @@ GVIT_DEVICE void async_wait() {
 
 template <bool kTranspose>
 GVIT_DEVICE void load_matrices(uint32_t (&fragment)[4], const void* row GVIT_WHERE) {
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) host::fault("matrix row not 16-byte aligned (%s:%d)", where.file, where.line);
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+        host::fault("matrix row not 16-byte aligned (%s:%d)", where.file, where.line);
     const auto* lanes = host::exchange(&row, sizeof row, where);
     const int outer = lane_index() / 4, inner = 2 * (lane_index() % 4);
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -140,7 +141,8 @@ GVIT_DEVICE void put_fragment(const Accumulator<kBlocks>& sum, T* to, int stride
 
 // float32 without tensor cores (their float32 has 10 bits): each lane sums what it holds.
 template <Sum kA, Sum kB, int kBlocks>
-GVIT_DEVICE void multiply(Accumulator<kBlocks>& sum, const float* a, int a_stride, const float* b, int b_stride, int depth) {
+GVIT_DEVICE void multiply(Accumulator<kBlocks>& sum, const float* a, int a_stride, const float* b, int b_stride,
+                          int depth) {
     GVIT_UNROLL_BY(2)
     for (int k = 0; k < depth; ++k) {
         float left[2];
@@ -170,8 +172,10 @@ GVIT_DEVICE void multiply(Accumulator<kBlocks>& sum, const T* a, int a_stride, c
     // Each lane names one row of the four 8 x 8 matrices: those of A are (row, k) = (0, 0), (8, 0), (0, 8), (8, 8),
     // those of B (column, k) = (0, 0), (0, 8), (8, 0), (8, 8).
     const int within = lane_index() % 8, bit0 = lane_index() / 8 % 2, bit1 = lane_index() / 16;
-    const T* a_row = a_down ? a + (8 * bit1 + within) * a_stride + 8 * bit0 : a + (8 * bit0 + within) * a_stride + 8 * bit1;
-    const T* b_row = b_down ? b + (8 * bit0 + within) * b_stride + 8 * bit1 : b + (8 * bit1 + within) * b_stride + 8 * bit0;
+    const T* a_row =
+        a_down ? a + (8 * bit1 + within) * a_stride + 8 * bit0 : a + (8 * bit0 + within) * a_stride + 8 * bit1;
+    const T* b_row =
+        b_down ? b + (8 * bit0 + within) * b_stride + 8 * bit1 : b + (8 * bit1 + within) * b_stride + 8 * bit0;
     GVIT_UNROLL_BY(2)
     for (int k = 0; k < depth; k += 16) {
         uint32_t left[4];

@@ -54,9 +54,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
             const Arguments&... arguments) {
     constexpr size_t without_asking = 48 * 1024;
     if (shared_bytes > without_asking) {
-        const auto status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(shared_bytes));
+        const auto status =
+            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
         if (status != cudaSuccess) return;
     }
     kernel<<<grid, block, shared_bytes, stream>>>(arguments...);

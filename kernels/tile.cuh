@@ -36,8 +36,8 @@ struct Rows {
 
 template <class T>
 GVIT_DEVICE Rows<T> rows_of(const Matrices& from, index_t sample, index_t head, index_t rows, index_t columns) {
-    return {static_cast<T*>(from.data) + sample * from.batch + head * from.head,
-            static_cast<int>(from.row), static_cast<int>(rows), static_cast<int>(columns)};
+    return {static_cast<T*>(from.data) + sample * from.batch + head * from.head, static_cast<int>(from.row),
+            static_cast<int>(rows), static_cast<int>(columns)};
 }
 
 struct InOrder {

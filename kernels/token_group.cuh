@@ -110,8 +110,8 @@ template <bool kTokenRows, class T>
 GVIT_DEVICE void add_weighted(PairSum<T>& sum, const T* weights, const T* rows) {
     const T* const columns = rows + kTileColumns<T> / 2 * pair_half();
     if constexpr (kTokenRows) {
-        multiply<Sum::along_rows, Sum::down_rows>(sum, weights + 16 * pair_stripe() * kWeightStride<T>, kWeightStride<T>,
-                                                  columns, kTileStride<T>, kPairTile);
+        multiply<Sum::along_rows, Sum::down_rows>(sum, weights + 16 * pair_stripe() * kWeightStride<T>,
+                                                  kWeightStride<T>, columns, kTileStride<T>, kPairTile);
     } else {
         multiply<Sum::down_rows, Sum::down_rows>(sum, weights + 16 * pair_stripe(), kWeightStride<T>, columns,
                                                  kTileStride<T>, kPairTile);
@@ -122,8 +122,8 @@ GVIT_DEVICE void add_weighted(PairSum<T>& sum, const T* weights, const T* rows) 
 constexpr int kRowDotThreads = 128;
 
 template <class T>
-GVIT_GLOBAL(kRowDotThreads)
-row_dot_kernel(Matrices a, Matrices b, index_t matrices, int heads, int rows, int columns, float* out) {
+GVIT_GLOBAL(kRowDotThreads) row_dot_kernel(Matrices a, Matrices b, index_t matrices, int heads, int rows, int columns,
+                                           float* out) {
     constexpr index_t warps = kRowDotThreads / kWarpSize;
     for (index_t i = blockIdx.x * warps + warp_index(); i < matrices * rows; i += gridDim.x * warps) {
         const index_t matrix = i / rows;
@@ -211,7 +211,8 @@ struct TokenSide {
 
     // Adds this tile of groups to `count` chunks of a result, one after the other; done(sum, chunk) after each.
     template <class Done>
-    GVIT_DEVICE void add_tile(const TokenPass& pass, int group, int first, int count, PairSum<T>& sum, const Done& done) {
+    GVIT_DEVICE void add_tile(const TokenPass& pass, int group, int first, int count, PairSum<T>& sum,
+                              const Done& done) {
         constexpr int slots = 2;
         T* const weights = memory + slots * 2 * kTileSize<T>;
         GVIT_SYNC();
@@ -266,8 +267,7 @@ struct TokenSide {
 };
 
 template <class T, template <class> class Operator, bool kOneTile, class Params>
-GVIT_GLOBAL(kPairThreads, kOneTile && sizeof(T) == 2 ? 2 : 1)
-sum_over_groups_kernel(Params params) {
+GVIT_GLOBAL(kPairThreads, kOneTile && sizeof(T) == 2 ? 2 : 1) sum_over_groups_kernel(Params params) {
     using Op = Operator<T>;
     GVIT_DYNAMIC_SHARED(shared);
     const Op op(params);
@@ -288,7 +288,8 @@ sum_over_groups_kernel(Params params) {
 // ---- out[s] = sum over l ------------------------------------------------------------------------------------
 //
 // Op: weights of kind 0 go with token_rows(problem); kTokenTerm as above, read back by load_token_terms(...);
-//     group_result(problem); finish_group(problem, group, sum of the weights, writes): what the group's row is multiplied by.
+//     group_result(problem); finish_group(problem, group, sum of the weights, writes): what the group's row is
+//     multiplied by.
 
 // Threads' sums over their tokens of each of their eight groups, to the block's sums, and these to factors.
 template <class Finish>
@@ -305,7 +306,8 @@ GVIT_DEVICE void finish_groups(const float (&share)[8], float (&factor)[2], cons
     GVIT_SYNC();
     if (thread_index() < kPairTile) {
         const float* const sum = stripes + thread_index();
-        factors[thread_index()] = finish(thread_index(), (sum[0] + sum[kPairTile]) + (sum[2 * kPairTile] + sum[3 * kPairTile]));
+        factors[thread_index()] =
+            finish(thread_index(), (sum[0] + sum[kPairTile]) + (sum[2 * kPairTile] + sum[3 * kPairTile]));
     }
     GVIT_SYNC();
     const GroupOrder order{16 * pair_stripe()};
@@ -315,8 +317,7 @@ GVIT_DEVICE void finish_groups(const float (&share)[8], float (&factor)[2], cons
 
 // A result of more than kChunks chunks is several work items.
 template <class T, template <class> class Operator, int kChunks, class Params>
-GVIT_GLOBAL(kPairThreads, 1)
-sum_over_tokens_kernel(Params params) {
+GVIT_GLOBAL(kPairThreads, 1) sum_over_tokens_kernel(Params params) {
     using Op = Operator<T>;
     constexpr int kSlots = 2 * Op::kProducts;
     GVIT_DYNAMIC_SHARED(shared);
@@ -340,7 +341,7 @@ sum_over_tokens_kernel(Params params) {
         for (int token = 0; token < op.tokens; token += kPairTile) {
             GVIT_SYNC();
             PairValues values[Op::kProducts];
-                multiply_pairs(values, sources, token, group, memory);
+            multiply_pairs(values, sources, token, group, memory);
             op.to_softmax(values, problem, token, group);
             float term[2] = {0.0f, 0.0f};
             if constexpr (Op::kTokenTerm) op.load_token_terms(term, problem, token);

@@ -39,8 +39,8 @@ template <class T>
 GVIT_DEVICE T atomic_add(T* address, T value) {
     if constexpr (sizeof(T) == 8) {
         // Two's complement: a signed sum is the unsigned one.
-        return static_cast<T>(atomicAdd(reinterpret_cast<unsigned long long*>(address),
-                                        static_cast<unsigned long long>(value)));
+        return static_cast<T>(
+            atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value)));
     } else {
         return atomicAdd(address, value);
     }

@@ -25,9 +25,9 @@ const char* guarded(const Call& call) {
 
 }  // namespace
 
-#define GVIT_ENTRY(launch, Params)                                     \
+#define GVIT_ENTRY(launch, Params)                                           \
     GVIT_EXPORT const char* gvit_host_##launch(const gvit::Params* params) { \
-        return guarded([&] { gvit::launch_##launch(*params, nullptr); });   \
+        return guarded([&] { gvit::launch_##launch(*params, nullptr); });    \
     }
 
 GVIT_EXPORT const char* gvit_host_probe(const char* name, float* data) {

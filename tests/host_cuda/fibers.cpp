@@ -226,8 +226,8 @@ void fault(const char* format, ...) {
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    fault_text = std::string(text) + " (kernel " + config->kernel + ", block " + std::to_string(blockIdx.x) + ", thread " +
-                 std::to_string(thread_number()) + ")";
+    fault_text = std::string(text) + " (kernel " + config->kernel + ", block " + std::to_string(blockIdx.x) +
+                 ", thread " + std::to_string(thread_number()) + ")";
     stop(State::faulted, {"", 0});
     __builtin_unreachable();
 }
@@ -235,7 +235,8 @@ void fault(const char* format, ...) {
 void sync_block(Where where) { stop(State::at_barrier, where); }
 
 const Slot* exchange(const void* deposit, size_t size, Where where) {
-    if (fibers.size() % kWarpSize != 0) fault("warp-wide operation in a block with a partial warp (%s:%d)", where.file, where.line);
+    if (fibers.size() % kWarpSize != 0)
+        fault("warp-wide operation in a block with a partial warp (%s:%d)", where.file, where.line);
     // Two sets of slots in turn: a lane reaches the next operation but one only when all have read this one.
     Slot* const slots = warp().slots[warp().exchanges % 2];
     std::memcpy(slots[lane()].bytes, deposit, size);
@@ -249,20 +250,24 @@ void sync_warp(Where where) {
     if (lane() == 0) warp().sync_epoch = ++epochs;
 }
 
-void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b, float (*decode)(uint16_t), Where where) {
+void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b, float (*decode)(uint16_t),
+                        Where where) {
     struct Fragments {
-        uint32_t a[4], b[2];
+        float a[4][2], b[2][2];
     };
-    const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    Fragments mine;
+    for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i) mine.a[i][half] = decode(static_cast<uint16_t>(a[i] >> 16 * half));
+        for (int i = 0; i < 2; ++i) mine.b[i][half] = decode(static_cast<uint16_t>(b[i] >> 16 * half));
+    }
     const Slot* const slots = exchange(&mine, sizeof mine, where);
-    const auto element = [&](const uint32_t* pair, int k) { return decode(static_cast<uint16_t>(*pair >> 16 * (k % 2))); };
     for (int i = 0; i < 4; ++i) {
         const int row = lane() / 4, column = 2 * (lane() % 4) + i % 2;
         for (int k = 0; k < 16; ++k) {
             // k runs through the four lanes of a row in pairs, and through two registers in eights.
             const auto* left = reinterpret_cast<const Fragments*>(slots[4 * row + k % 8 / 2].bytes);
             const auto* right = reinterpret_cast<const Fragments*>(slots[4 * column + k % 8 / 2].bytes);
-            sum[i] += element(&left->a[i / 2 + 2 * (k / 8)], k) * element(&right->b[k / 8], k);
+            sum[i] += left->a[i / 2 + 2 * (k / 8)][k % 2] * right->b[k / 8][k % 2];
         }
     }
 }

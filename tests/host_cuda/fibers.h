@@ -21,8 +21,8 @@ struct Fiber {
 };
 
 struct Warp {
-    int64_t sync_epoch = 0;   // changes at each sync_warp: what orders memory within the warp
-    int exchanges = 0;        // the parity says which slots are in use
+    int64_t sync_epoch = 0;  // changes at each sync_warp: what orders memory within the warp
+    int exchanges = 0;       // the parity says which slots are in use
     Slot slots[2][kWarpSize];
 };
 

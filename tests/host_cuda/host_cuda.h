@@ -58,7 +58,8 @@ GVIT_UNCHECKED T exchanged(const Slot* slots, int lane) {
 }
 
 // The tensor core's product, from the fragments of all lanes; decode turns an element's bits into its value.
-void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b, float (*decode)(uint16_t), Where where);
+void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b, float (*decode)(uint16_t),
+                        Where where);
 
 unsigned char* dynamic_shared();
 void* static_shared(size_t size, Where where);
@@ -122,9 +123,9 @@ constexpr int64_t kMaxBlocks = 3;
 
 #define GVIT_SYNC() ::gvit::host::sync_block(::gvit::host::Where::here())
 #define GVIT_DYNAMIC_SHARED(name) unsigned char* const name = ::gvit::host::dynamic_shared()
-#define GVIT_SHARED(type, name, count)  \
-    type* const name = static_cast<type*>( \
-        ::gvit::host::static_shared(sizeof(type) * (count), ::gvit::host::Where::here()))
+#define GVIT_SHARED(type, name, count) \
+    type* const name =                 \
+        static_cast<type*>(::gvit::host::static_shared(sizeof(type) * (count), ::gvit::host::Where::here()))
 
 #define GVIT_WHERE_ONLY ::gvit::host::Where where = ::gvit::host::Where::here()
 #define GVIT_WHERE , GVIT_WHERE_ONLY

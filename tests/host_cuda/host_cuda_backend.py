@@ -6,86 +6,26 @@ results, registers every tensor with the host run, launches, and returns what th
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
-from host_cuda_library import Library, library
+from host_cuda_launch import STORAGE, AssignParams, AttentionParams, Launch
+from host_cuda_library import Library, compiler, library
 from torch import Tensor
 
-STORAGE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+__all__ = [
+    "STORAGE",
+    "Launch",
+    "available",
+    "group_attention_backward",
+    "group_attention_forward",
+    "gumbel_assign_backward",
+    "gumbel_assign_forward",
+    "library",
+]
 
 
-class Matrices(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64)]
-
-
-def _struct(name: str, **fields: object) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-AttentionParams = _struct(
-    "AttentionParams",
-    **dict.fromkeys(("query", "key", "value", "output"), Matrices),
-    lse=ctypes.c_void_p,
-    **dict.fromkeys(("grad_output", "grad_query", "grad_key", "grad_value"), Matrices),
-    workspace=ctypes.c_void_p,
-    **dict.fromkeys(("samples", "heads", "groups", "tokens", "depth"), ctypes.c_int64),
-    scale=ctypes.c_double,
-    storage=ctypes.c_int,
-)
-
-AssignParams = _struct(
-    "AssignParams",
-    **dict.fromkeys(("query", "key", "value", "output"), Matrices),
-    **dict.fromkeys(("bias", "noise_key", "index", "count", "lse"), ctypes.c_void_p),
-    **dict.fromkeys(("grad_output", "grad_query", "grad_key", "grad_value"), Matrices),
-    **dict.fromkeys(("grad_bias", "workspace"), ctypes.c_void_p),
-    **dict.fromkeys(("samples", "groups", "tokens", "channels"), ctypes.c_int64),
-    **dict.fromkeys(("scale", "tau", "eps"), ctypes.c_double),
-    hard=ctypes.c_bool,
-    storage=ctypes.c_int,
-)
-
-
-class Launch:
-    """Collects the tensors of one launch: what may be read, what may be written."""
-
-    def __init__(self, on: Library | None = None) -> None:
-        self._library = on or library()
-        self._tensors: list[tuple[str, int, int, bool, bool]] = []
-        self._kept: list[Tensor] = []
-
-    def _register(self, name: str, tensor: Tensor, writable: bool) -> int:
-        if tensor.numel() == 0:
-            return tensor.data_ptr()
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        size = (last + 1) * tensor.element_size()
-        self._kept.append(tensor)
-        self._tensors.append((name, tensor.data_ptr(), size, writable, not writable))
-        return tensor.data_ptr()
-
-    def pointer(self, name: str, tensor: Tensor | None, *, result: bool = False) -> int | None:
-        """A tensor that the kernel takes as one contiguous array."""
-        if tensor is None:
-            return None
-        return self._register(name, tensor if result else tensor.contiguous(), result)
-
-    def matrices(self, name: str, tensor: Tensor | None, *, result: bool = False) -> Matrices:
-        """A tensor of matrices with any strides but that of the last dimension."""
-        if tensor is None:
-            return Matrices(None, 0, 0, 0)
-        if not result and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            tensor = tensor.contiguous()
-        head = tensor.stride(1) if tensor.dim() == 4 else 0
-        return Matrices(self._register(name, tensor, result), tensor.stride(0), head, tensor.stride(-2))
-
-    def workspace(self, floats: int) -> int | None:
-        """Memory between the kernels of one launch."""
-        return self.pointer("workspace", torch.empty(floats), result=True)
-
-    def run(self, operator: str, params: ctypes.Structure) -> None:
-        self._library.register(self._tensors)
-        self._library.call(operator, ctypes.byref(params))
+def available() -> bool:
+    """Whether the sources can be compiled here."""
+    return compiler() is not None
 
 
 def _heads_last(like: Tensor, rows: int) -> Tensor:
@@ -94,7 +34,9 @@ def _heads_last(like: Tensor, rows: int) -> Tensor:
     return like.new_empty(batch, rows, heads, depth).transpose(1, 2)
 
 
-def _attention_params(launch: Launch, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionParams:
+def _attention_params(
+    launch: Launch, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> AttentionParams:
     batch, heads, groups, depth = query.shape
     return AttentionParams(
         query=launch.matrices("query", query),
@@ -231,7 +173,10 @@ def gumbel_assign_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     launch = Launch(on)
     params = _assign_params(launch, query, key, value, bias, noise_key, (scale, tau, eps, hard))
-    grad_query, grad_key = torch.empty(query.shape, dtype=query.dtype), torch.empty(key.shape, dtype=key.dtype)
+    grad_query, grad_key = (
+        torch.empty(query.shape, dtype=query.dtype),
+        torch.empty(key.shape, dtype=key.dtype),
+    )
     grad_value = query.new_empty(0) if value is None else torch.empty(value.shape, dtype=value.dtype)
     grad_bias = query.new_empty(0) if bias is None else torch.empty(bias.shape, dtype=bias.dtype)
     params.output = launch.matrices("output", output)

@@ -19,13 +19,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+CACHE = Path(tempfile.gettempdir()) / f"groupvit-fast-host-cuda-{os.getuid()}"
+COMPILERS_AT_ONCE = 2
 SHIM_SOURCES = ("fibers.cpp", "memory_checks.cpp", "undefined_checks.cpp", "entry.cpp")
 COMMON_FLAGS = ("-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra", "-DGVIT_HOST_CUDA", "-fvisibility=hidden")
-# The thread sanitizer's calls, answered by memory_checks.cpp; the other's, by undefined_checks.cpp.
+# The thread sanitizer's calls, answered by memory_checks.cpp; the other's, by undefined_checks.cpp. Products
+# and sums are rounded one by one, as the mask kernels are compiled for the GPU.
 CHECKED_FLAGS = (
-    "-fsanitize=thread,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
-    " -fno-strict-aliasing -fno-builtin-memcpy"
-).split()
+    "-fsanitize=thread,undefined",
+    "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=undefined",
+    "-fno-strict-aliasing",
+    "-fno-builtin-memcpy",
+    "-ffp-contract=off",
+)
 
 
 class HostCudaError(RuntimeError):
@@ -58,7 +65,11 @@ class Library:
         self.functions.gvit_host_forget_tensors()
         for name, (_, address, size, writable, written) in zip(self._names, tensors, strict=True):
             self.functions.gvit_host_register_tensor(
-                ctypes.c_void_p(address), ctypes.c_size_t(size), int(writable), int(written), ctypes.c_char_p(name)
+                ctypes.c_void_p(address),
+                ctypes.c_size_t(size),
+                int(writable),
+                int(written),
+                ctypes.c_char_p(name),
             )
 
     def _with_lines(self, text: str) -> str:
@@ -75,46 +86,65 @@ class Library:
         return re.sub(r"\[(0x[0-9a-f]+)\]", line, text)
 
 
-def source_files(root: Path = ROOT) -> list[Path]:
-    """All that the library is made of, in a fixed order."""
-    headers = sorted((root / "kernels").glob("*.cuh")) + sorted((root / "csrc").glob("*.h"))
-    return headers + sorted((root / "csrc").glob("*.cu")) + sorted(p for p in HERE.iterdir() if p.suffix in (".h", ".cpp", ".cu"))
+def includes(path: Path, root: Path) -> set[Path]:
+    """The files that a source includes, itself among them, as far as they lie under `root` or here."""
+    found, waiting = set(), [path]
+    while waiting:
+        current = waiting.pop()
+        if current in found:
+            continue
+        found.add(current)
+        for name in re.findall(r'#include "(.+)"', current.read_text()):
+            waiting += [p for p in (current.parent / name, root / name, HERE / name) if p.exists()][:1]
+    return found
 
 
-def build(root: Path = ROOT, extra_flags: Sequence[str] = ()) -> Path:
-    """Compile the host run of the sources under `root` unless it is there already; returns the library."""
+def build(root: Path = ROOT, flags: Sequence[str] = CHECKED_FLAGS, cache: Path = CACHE) -> Path:
+    """Compile the host run of the sources under `root`, as far as it is not in `cache` already.
+
+    Objects and libraries are kept by content, so a changed header compiles only what includes it.
+    """
     cxx = compiler()
     if cxx is None:
         raise FileNotFoundError("no host compiler: install g++ or set CXX")
-    digest = hashlib.sha256(repr((cxx, COMMON_FLAGS, CHECKED_FLAGS, tuple(extra_flags))).encode())
-    for path in source_files(root):
-        digest.update(path.name.encode() + path.read_bytes())
-    cache = Path(tempfile.gettempdir()) / f"groupvit-fast-host-cuda-{os.getuid()}"
-    library = cache / f"{digest.hexdigest()[:24]}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            os.replace(_compile(cxx, root, Path(folder), extra_flags), library)
-    return library
-
-
-def _compile(cxx: str, root: Path, folder: Path, extra_flags: Sequence[str]) -> Path:
-    include = [f"-I{root}", f"-I{HERE}"]
-    jobs = [(HERE / name, ["-O2"]) for name in SHIM_SOURCES]
-    jobs += [(path, ["-O1", *CHECKED_FLAGS]) for path in [*sorted((root / "csrc").glob("*.cu")), HERE / "probes.cu"]]
+    cache.mkdir(parents=True, exist_ok=True)
+    jobs = [(HERE / name, ["-O2", *(flags if flags != CHECKED_FLAGS else ())]) for name in SHIM_SOURCES]
+    jobs += [(path, ["-O1", *flags]) for path in [*sorted((root / "csrc").glob("*.cu")), HERE / "probes.cu"]]
     objects, running = [], []
-    for source, flags in jobs:
-        objects.append(folder / f"{source.stem}.o")
-        command = [cxx, *COMMON_FLAGS, *flags, *extra_flags, *include, "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _, errors = process.communicate()
-        if process.returncode != 0:
-            raise RuntimeError(f"the host run does not compile:\n{errors}")
-    library = folder / "host_cuda.so"
-    link = [cxx, "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", *extra_flags, "-o", str(library), *map(str, objects)]
-    subprocess.run(link, check=True)
+    for source, own_flags in jobs:
+        command = [cxx, *COMMON_FLAGS, *own_flags, f"-I{root}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
+        digest = hashlib.sha256(repr(command).replace(str(root), "").encode())
+        for path in sorted(includes(source, root), key=lambda p: p.name):
+            digest.update(path.name.encode() + path.read_bytes())
+        objects.append(cache / f"{source.stem}-{digest.hexdigest()[:20]}.o")
+        if not objects[-1].exists():
+            running.append(_Compilation(command, objects[-1]))
+        if len(running) == COMPILERS_AT_ONCE:
+            running.pop(0).finish()
+    for compilation in running:
+        compilation.finish()
+    digest = hashlib.sha256(" ".join(path.name for path in objects).encode())
+    library = cache / f"host_cuda-{digest.hexdigest()[:20]}.so"
+    if not library.exists():
+        link = [cxx, "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", *(flags if flags != CHECKED_FLAGS else ())]
+        _Compilation([*link, *map(str, objects)], library).finish()
     return library
+
+
+class _Compilation:
+    """A compiler at work; its result appears under its name only when complete."""
+
+    def __init__(self, command: Sequence[str], result: Path) -> None:
+        self._result = result
+        self._part = result.with_suffix(f".{os.getpid()}.part")
+        command = [*command, "-o", str(self._part)]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def finish(self) -> None:
+        _, errors = self._process.communicate()
+        if self._process.returncode != 0:
+            raise RuntimeError(f"the host run does not compile:\n{errors}")
+        self._part.replace(self._result)
 
 
 @functools.cache

@@ -66,8 +66,9 @@ struct Shared {
     }
 };
 
-// What happened to one byte.
+// What happened to one byte. Of shared memory, since its block began.
 struct Cell {
+    int64_t block = 0;
     Shared reads, atomics;
     Moment write;
     const void* write_code = nullptr;
@@ -80,7 +81,8 @@ struct Region {
     size_t size;
     bool writable;
     const char* name;
-    std::unique_ptr<Cell[]> cells;
+    Cell* cells;
+    bool per_block;
     bool contains(const void* address) const {
         const auto* byte = static_cast<const unsigned char*>(address);
         return byte >= start && byte < start + size;
@@ -100,27 +102,36 @@ struct StaticArray {
 };
 
 alignas(1024) unsigned char arena[kArenaBytes];
-std::vector<Region> shared;          // of the running block
-std::vector<Region> registered;      // tensors, by address
+Cell arena_cells[kArenaBytes];
+std::vector<Region> shared;      // of the running block
+std::vector<Region> registered;  // tensors
+std::vector<std::unique_ptr<Cell[]>> registered_cells;
 std::vector<StaticArray> static_arrays;
 std::vector<std::deque<std::vector<Copy>>> copies;  // by thread: committed groups, the open one last
 size_t arena_used = 0, shared_used = 0;
 
 void check_cell(const Region& region, size_t offset, Access access, const Moment& moment, const void* code) {
     Cell& cell = region.cells[offset];
+    if (region.per_block && cell.block != moment.block) {
+        cell = Cell{};
+        cell.block = moment.block;
+    }
     const char* const does = access == Access::read ? "read" : access == Access::write ? "written" : "updated";
     if (cell.in_flight) {
-        fault("byte %zu of %s %s at [%p] before the wait for the asynchronous copy into it", offset, region.name, does, code);
+        fault("byte %zu of %s %s at [%p] before the wait for the asynchronous copy into it", offset, region.name, does,
+              code);
     }
     if (access != Access::write && !cell.written) {
         fault("byte %zu of %s read at [%p] and never written", offset, region.name, code);
     }
     const auto race = [&](const char* did, const Moment& before, const void* before_code) {
-        fault("race on byte %zu of %s: %s at [%p], %s by thread %d of %s block at [%p], with nothing to order them", offset,
-              region.name, does, code, did, before.thread, same_block(before, moment) ? "the same" : "another", before_code);
+        fault("race on byte %zu of %s: %s at [%p], %s by thread %d of %s block at [%p], with nothing to order them",
+              offset, region.name, does, code, did, before.thread, same_block(before, moment) ? "the same" : "another",
+              before_code);
     };
     if (unordered(cell.write, moment)) race("written", cell.write, cell.write_code);
-    if (access != Access::atomic && cell.atomics.unordered_with(moment)) race("updated", cell.atomics.last, cell.atomics.code);
+    if (access != Access::atomic && cell.atomics.unordered_with(moment))
+        race("updated", cell.atomics.last, cell.atomics.code);
     if (access != Access::read && cell.reads.unordered_with(moment)) race("read", cell.reads.last, cell.reads.code);
     if (access == Access::read) return cell.reads.add(moment, code);
     if (access == Access::atomic) return cell.atomics.add(moment, code);
@@ -176,7 +187,7 @@ bool in_program(const void* address) {
 
 void add_shared(size_t size, const char* name) {
     unsigned char* const start = arena + arena_used;
-    shared.push_back({start, size, true, name, std::make_unique<Cell[]>(size)});
+    shared.push_back({start, size, true, name, arena_cells + arena_used, true});
     std::fill(start, start + size, kPoison);
     arena_used += (size + 2 * kGap - 1) / kGap * kGap;
     shared_used += size;
@@ -222,14 +233,15 @@ void begin_block(size_t shared_bytes) {
 
 void end_block() {
     if (shared_used > kSharedLimit) {
-        throw std::runtime_error(std::to_string(shared_used) + " bytes of shared memory: not every target has them (kernel " +
-                                 running().kernel + ")");
+        throw std::runtime_error(std::to_string(shared_used) +
+                                 " bytes of shared memory: not every target has them (kernel " + running().kernel +
+                                 ")");
     }
     for (const auto& groups : copies) {
         const bool waited = std::all_of(groups.begin(), groups.end(), [](const auto& group) { return group.empty(); });
         if (!waited) {
-            throw std::runtime_error(std::string("a block ended with asynchronous copies in flight (kernel ") + running().kernel +
-                                     ")");
+            throw std::runtime_error(std::string("a block ended with asynchronous copies in flight (kernel ") +
+                                     running().kernel + ")");
         }
     }
 }
@@ -273,27 +285,31 @@ void async_wait(int groups_left) {
 
 // The interface for Python (library.py): which tensors a launch may touch, and what [addresses] are relative to.
 GVIT_EXPORT uintptr_t gvit_host_image() { return gvit::host::find_image().first; }
-GVIT_EXPORT void gvit_host_forget_tensors() { gvit::host::registered.clear(); }
+GVIT_EXPORT void gvit_host_forget_tensors() {
+    gvit::host::registered.clear();
+    gvit::host::registered_cells.clear();
+}
 
 GVIT_EXPORT void gvit_host_register_tensor(void* start, size_t size, int writable, int written, const char* name) {
     using namespace gvit::host;
-    auto cells = std::make_unique<Cell[]>(size);
+    registered_cells.push_back(std::make_unique<Cell[]>(size));
+    Cell* const cells = registered_cells.back().get();
     for (size_t i = 0; i < size; ++i) cells[i].written = written != 0;
-    registered.push_back({static_cast<unsigned char*>(start), size, writable != 0, name, std::move(cells)});
+    registered.push_back({static_cast<unsigned char*>(start), size, writable != 0, name, cells, false});
 }
 
-#define GVIT_HOOK(size)                                                                                         \
-    extern "C" void __tsan_read##size(void* address) {                                                          \
-        gvit::host::check_access(address, size, gvit::host::Access::read, __builtin_return_address(0));         \
-    }                                                                                                           \
-    extern "C" void __tsan_write##size(void* address) {                                                         \
-        gvit::host::check_access(address, size, gvit::host::Access::write, __builtin_return_address(0));        \
-    }                                                                                                           \
-    extern "C" void __tsan_unaligned_read##size(void* address) {                                                \
-        gvit::host::check_access(address, size, gvit::host::Access::read, __builtin_return_address(0));         \
-    }                                                                                                           \
-    extern "C" void __tsan_unaligned_write##size(void* address) {                                               \
-        gvit::host::check_access(address, size, gvit::host::Access::write, __builtin_return_address(0));        \
+#define GVIT_HOOK(size)                                                                                  \
+    extern "C" void __tsan_read##size(void* address) {                                                   \
+        gvit::host::check_access(address, size, gvit::host::Access::read, __builtin_return_address(0));  \
+    }                                                                                                    \
+    extern "C" void __tsan_write##size(void* address) {                                                  \
+        gvit::host::check_access(address, size, gvit::host::Access::write, __builtin_return_address(0)); \
+    }                                                                                                    \
+    extern "C" void __tsan_unaligned_read##size(void* address) {                                         \
+        gvit::host::check_access(address, size, gvit::host::Access::read, __builtin_return_address(0));  \
+    }                                                                                                    \
+    extern "C" void __tsan_unaligned_write##size(void* address) {                                        \
+        gvit::host::check_access(address, size, gvit::host::Access::write, __builtin_return_address(0)); \
     }
 GVIT_HOOK(1)
 GVIT_HOOK(2)

@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-
 from host_cuda_library import HERE, HostCudaError, compiler, library
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no host compiler")
