@@ -44,6 +44,7 @@ class BatchOptions:
     context_length: int
     templates: tuple[str, ...]
     noun_tags: str
+    prompt_fill: str
     seed: int
     rank: int
     world_size: int
@@ -153,7 +154,12 @@ class BatchMaker:
             if options.num_prompts:
                 rng = random.Random(word)
                 rows[-1] += text.draw_prompts(
-                    caption, options.num_prompts, rng, options.templates, options.noun_tags
+                    caption,
+                    options.num_prompts,
+                    rng,
+                    options.templates,
+                    options.noun_tags,
+                    options.prompt_fill,
                 )
         texts, text_index = text.unique_rows(rows, options.context_length)
         return Batch(images, texts.to(images.device), text_index.to(images.device))

@@ -33,6 +33,7 @@ class TrainLoader:
     when it has to, so each good sample is seen exactly once per epoch and no tail is dropped.
 
     `prompt_templates` is "clip", "noun" or a list of format strings, `noun_tags` a key of text.NOUN_TAGS.
+    `prompt_fill` is "caption" or "noun", see text.draw_prompts.
     `cache_dir` overrides where the shard indexes are kept.
     """
 
@@ -46,6 +47,7 @@ class TrainLoader:
         context_length: int = text.CONTEXT_LENGTH,
         prompt_templates: str | Sequence[str] = "clip",
         noun_tags: str = "official",
+        prompt_fill: str = "caption",
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -63,6 +65,7 @@ class TrainLoader:
             context_length=context_length,
             templates=text.prompt_templates(prompt_templates),
             noun_tags=text.check_noun_tags(noun_tags),
+            prompt_fill=prompt_fill,
             seed=seed,
             rank=rank,
             world_size=world_size,

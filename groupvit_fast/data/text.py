@@ -160,12 +160,15 @@ def draw_prompts(
     rng: random.Random,
     templates: Sequence[str] = PROMPT_TEMPLATES,
     tags: str = "official",
+    fill: str = "caption",
 ) -> list[str]:
     """Draw `k` prompts for a caption: up to k different nouns of it, each put into a random template.
 
-    With fewer than `k` nouns the caption itself fills the rest (GroupViT section 3.2).
+    With fewer than `k` nouns, `fill` = "caption" fills the rest with the caption itself (GroupViT section
+    3.2) and "noun" with its nouns over again; a caption without nouns always fills all.
     """
     words = nouns(caption, tags)
     chosen = rng.sample(words, min(k, len(words)))
     prompts = [rng.choice(templates).replace("{}", word) for word in chosen]
-    return prompts + [caption] * (k - len(prompts))
+    again = prompts if fill == "noun" and prompts else [caption]
+    return prompts + [again[i % len(again)] for i in range(k - len(prompts))]

@@ -33,11 +33,15 @@ class GroupEncoding(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """What the losses need: image [B,D] and text [B,1+K,D], projected and not normalised; counts [B,S_i]."""
+    """What the losses need: image [B,D] and text [B,1+K,D], projected and not normalised; counts [B,S_i].
+
+    groups [B,G,D], projected, is None unless asked for.
+    """
 
     image: Tensor
     text: Tensor
     counts: tuple[Tensor, ...]
+    groups: Tensor | None = None
 
 
 class GroupViT(nn.Module):
@@ -88,17 +92,27 @@ class GroupViT(nn.Module):
         )
 
     def forward(
-        self, pixels: Tensor, texts: Tensor, text_index: Tensor, noise_key: Tensor | None = None
+        self,
+        pixels: Tensor,
+        texts: Tensor,
+        text_index: Tensor,
+        noise_key: Tensor | None = None,
+        *,
+        return_groups: bool = False,
     ) -> TrainingOutput:
         """One training forward of everything, so that one wrapper (DDP, FSDP, compile) sees one call.
 
         pixels [B,3,H,W]; texts int64 [U,T], distinct rows; text_index int64 [B,1+K], which of them belong
-        to each image (the caption first); noise_key int64 [2] or None for no noise.
+        to each image (the caption first); noise_key int64 [2] or None for no noise. With `return_groups`
+        every group is projected too; RuntimeError if the projector has batch norm, which is for images.
         """
+        if return_groups and self.config.projector_layers > 1:
+            raise RuntimeError("return_groups needs projector_layers=1: batch norm takes images, not groups")
         encoding = self.image_encoder(pixels, noise_key=noise_key)
         # Rows are repeated before the projector: its batch norm must weigh a text as often as it occurs.
         text = self.text_projector(self.text_encoder(texts)[text_index])
-        return TrainingOutput(self.image_projector(encoding.pooled), text, encoding.counts)
+        groups = self.image_projector(encoding.groups) if return_groups else None
+        return TrainingOutput(self.image_projector(encoding.pooled), text, encoding.counts, groups)
 
 
 def create_model(name_or_config: str | ModelConfig, *, seed: int | None = None) -> GroupViT:

@@ -170,11 +170,12 @@ def official() -> Protocol:
 
 
 def shapes() -> Protocol:
-    """The built-in dataset and small models: one window at the size of training, no background class."""
+    """The built-in dataset: the scene as it was drawn is one window, bare class names, no background class."""
     return Protocol(
         name="shapes",
         source="this package, for the built-in shapes dataset",
-        short_side=None,
+        short_side=96,
+        templates=TEMPLATE_SETS["noun"],
         long_side=None,
         mode="whole",
         top_k=5,

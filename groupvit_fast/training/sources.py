@@ -28,6 +28,8 @@ def open_loader(
         num_prompts=config.multi_label,
         context_length=model.text.context_length,
         prompt_templates=config.prompt_templates,
+        noun_tags=config.noun_tags,
+        prompt_fill=config.prompt_fill,
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,

@@ -51,9 +51,9 @@ class Loader(Protocol):
 class Trainer:
     """Train `model` on `loader` as `config` says, in the run folder `output`.
 
-    `evaluate(model)` returns JSON-able results; it is called before, every `eval_every` steps and after,
-    on the main process and in evaluation mode. `dtype` is a key of `precision.DTYPES`. After `fit`, `step`,
-    `evaluations` (by step) and `last_record` (of metrics.jsonl) tell what happened.
+    `evaluate(model)` returns JSON-able results with a `miou`; it is called before, every `eval_every` steps
+    and after, on the main process and in evaluation mode. `dtype` is a key of `precision.DTYPES`. After
+    `fit`, `step`, `evaluations` (by step) and `last_record` (of metrics.jsonl) tell what happened.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Trainer:
         self.model, self.loader, self.config, self.output = model.to(device).train(), loader, config, output
         self.world = world or World()
         self.device, self.dtype, self.evaluate = device, dtype, evaluate
+        self.match_groups = config.multi_label > 0 and config.multi_label_match == "group"
         epoch = loader.steps_per_epoch
         self.steps = config.steps or max(1, round((config.epochs or 1) * epoch))
         self.schedule = Schedule.of(
@@ -108,11 +109,13 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """One step of optimisation. The host starts work and never waits for a result."""
         torch.manual_seed(mix(self.config.seed, self.world.rank, self.step))
-        self.noise_key[1] = self.step
+        self.noise_key[1].fill_(self.step)
         self.optimizer.remember_statistics()
         with autocast(self.device, DTYPES[self.dtype]):
             noise_key = self.noise_key if self.config.gumbel else None
-            encoded = self.forward(batch.images, batch.texts, batch.text_index, noise_key)
+            encoded = self.forward(
+                batch.images, batch.texts, batch.text_index, noise_key, return_groups=self.match_groups
+            )
         loss, contrastive, multi_label = self.losses(encoded, batch)
         norm, bad = self.optimizer.step(loss, self.schedule.rate(self.step))
         groups_in_use = (encoded.counts[-1] > 0).sum(1).float().mean()
@@ -128,11 +131,15 @@ class Trainer:
         captions = labels[:, 0] if config.merge_captions else None
         contrastive = contrastive_loss(encoded.image, encoded.text[:, 0], model.logit_scale, labels=captions)
         if not config.multi_label:
-            return contrastive, contrastive, torch.zeros_like(contrastive)
+            return config.contrastive_weight * contrastive, contrastive, torch.zeros_like(contrastive)
         multi_label = multi_label_loss(
-            encoded.image, encoded.text[:, 1:], labels[:, 1:], model.multi_label_logit_scale
+            encoded.groups if self.match_groups else encoded.image,
+            encoded.text[:, 1:],
+            labels[:, 1:],
+            model.multi_label_logit_scale,
         )
-        return contrastive + config.multi_label_weight * multi_label, contrastive, multi_label
+        total = config.contrastive_weight * contrastive + config.multi_label_weight * multi_label
+        return total, contrastive, multi_label
 
     def log(self) -> None:
         """One line of metrics.jsonl and of the progress display; the one place where the host waits."""
@@ -169,8 +176,7 @@ class Trainer:
         self.evaluations[self.step] = from_main(results)
         if self.world.is_main:
             write_json(self.output / "evaluations.json", self.evaluations)
-            miou = results.get("miou")
-            self.progress.say(f"step {self.step}: zero-shot mIoU {miou:.3f}" if miou is not None else "")
+            self.progress.say(f"step {self.step}: zero-shot mIoU {results['miou']:.3f}")
         self.clock.proceed(paused)
 
     def save(self) -> None:
