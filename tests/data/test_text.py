@@ -110,6 +110,13 @@ def test_prompts_hold_different_nouns_and_pad_with_the_caption():
     assert text.draw_prompts(caption, 0, random.Random(0)) == []
 
 
+def test_prompts_can_repeat_the_nouns_instead_of_the_caption():
+    drawn = text.draw_prompts("a dog on sand", 5, random.Random(0), ["{}"], fill="noun")
+    assert len(drawn) == 5
+    assert set(drawn) == {"dog", "sand"}
+    assert text.draw_prompts("of the", 2, random.Random(0), fill="noun") == ["of the", "of the"]
+
+
 def test_prompts_use_every_template_and_repeat_with_the_seed():
     drawn = {text.draw_prompts("a dog", 1, random.Random(seed))[0] for seed in range(2000)}
     assert drawn == {template.format("dog") for template in text.PROMPT_TEMPLATES}

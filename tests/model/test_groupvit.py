@@ -185,3 +185,21 @@ def test_compiles_without_graph_breaks(small_config, token_rows):
         output.image.sin().sum().backward()
         results.append((output, network.image_encoder.patch_embedding.position.grad))
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_training_can_ask_for_projected_groups():
+    model = create_model("tiny", seed=0).eval()
+    pixels, texts = torch.randn(3, 3, 64, 64), torch.tensor([[49406, 320, 49407], [49406, 2368, 49407]])
+    index = torch.tensor([[0, 1], [1, 0], [0, 0]])
+    output = model(pixels, texts, index, return_groups=True)
+    assert output.groups.shape == (3, 8, 64)
+    assert_close(output.groups, model.encode_groups(pixels).groups)
+    assert_close(output.groups.mean(1), output.image)  # linear projectors
+    assert model(pixels, texts, index).groups is None
+
+
+def test_projected_groups_are_refused_with_batch_norm():
+    model = create_model(replace(preset("tiny"), projector_layers=2))
+    with pytest.raises(RuntimeError, match="projector_layers=1"):
+        model(torch.randn(2, 3, 64, 64), torch.tensor([[49406, 49407]]), torch.zeros(2, 1, dtype=torch.int64),
+              return_groups=True)  # fmt: skip
