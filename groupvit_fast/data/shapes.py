@@ -37,7 +37,7 @@ class ShapesPaths(NamedTuple):
 def write_shapes(
     root: str | Path,
     *,
-    train_samples: int = 20_000,
+    train_samples: int = 12_000,
     val_samples: int = 200,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,

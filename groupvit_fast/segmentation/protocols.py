@@ -170,7 +170,7 @@ def official() -> Protocol:
 
 
 def shapes() -> Protocol:
-    """The built-in dataset: the scene as it was drawn is one window, bare class names, no background class."""
+    """The built-in dataset: the scene as drawn is one window, bare class names, no background class."""
     return Protocol(
         name="shapes",
         source="this package, for the built-in shapes dataset",

@@ -42,7 +42,7 @@ class TrainConfig:
     data_root: Path | None = option(
         None, "where the built-in shapes dataset is kept (default: user cache)", metavar="DIR"
     )
-    shapes_train: int = option(20_000, "scenes to draw for training when no --data is given")
+    shapes_train: int = option(12_000, "scenes to draw for training when no --data is given")
     shapes_val: int = option(200, "held-out scenes with exact masks")
     shapes_seed: int = option(0, "seed of the drawn scenes, apart from --seed")
     min_crop: float = option(0.08, "smallest share of an image's area that a training crop keeps")
@@ -210,7 +210,7 @@ def tiny() -> TrainConfig:
     """
     return TrainConfig(
         preset="tiny",
-        steps=2000,
+        steps=1500,
         batch_size=128,
         lr=2e-3,
         min_lr=2e-5,
