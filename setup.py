@@ -28,6 +28,9 @@ class CMakeBuild(build_ext):
                 f"groupvit_fast: {missing}: installing without compiled operators, same results, slower"
             )
             return
+        cache = BUILD / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(BUILD)  # made for a checkout elsewhere and copied along
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         for step in (

@@ -139,6 +139,13 @@ def test_cuda_is_decided_by_the_compiler_or_the_switch(tmp_path):
     assert "building CPU library only (no nvcc found)" in said
     said = configure(tmp_path / "asked", "-DNVCC=", GROUPVIT_CUDA="1", ok=False)
     assert "GROUPVIT_CUDA=1, but no nvcc was found" in said
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    said = configure(tmp_path / "broken", f"-DNVCC={broken}", GROUPVIT_CUDA=None)
+    assert re.search(r"building CPU library only \(\S+/nvcc does not compile with", said)
+    said = configure(tmp_path / "insisted", f"-DNVCC={broken}", GROUPVIT_CUDA="1", ok=False)
+    assert "GROUPVIT_CUDA=1, but" in said
     said = configure(tmp_path / "unclear", GROUPVIT_CUDA="yes", ok=False)
     assert "GROUPVIT_CUDA is 'yes'; use 0, 1 or leave it unset" in said
 
