@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from groupvit_fast.data.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 class DecodeInput(NamedTuple):

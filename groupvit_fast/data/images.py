@@ -11,6 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from groupvit_fast.console import UserError
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""ImageNet statistics of red, green and blue, values 0-1: what the models are trained with."""
 MAX_PIXELS = 1 << 26  # 67 megapixels: 200 MB of RGB; anything larger is a mistake or an attack
 FORMATS = ("JPEG", "PNG", "WEBP")
 _EXIF_ORIENTATION = 0x0112

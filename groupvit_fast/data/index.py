@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
-from groupvit_fast.console import UserError
+from groupvit_fast.console import UserError, write_bytes_atomically
 from groupvit_fast.data.scan import ShardIndex, file_stamp, scan
 
 _COLUMNS = ("image_offset", "image_size", "caption_offset", "caption_size", "width", "height", "key_end")
@@ -111,23 +110,11 @@ def _store(index: ShardIndex, cache_dir: Path | None) -> Path | None:
     np.savez(buffer, **arrays)
     for path in _places(index.tar, cache_dir):
         try:
-            _write_atomically(path, buffer.getvalue())
+            write_bytes_atomically(path, buffer.getvalue())
             return path
         except OSError:
             continue
     return None
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _load(path: Path, tar: Path) -> ShardIndex | None:
@@ -154,4 +141,4 @@ def write_dali_index(index: ShardIndex, path: str | Path) -> None:
     columns = (index.image_offset, index.image_size, index.caption_offset, index.caption_size)
     rows = enumerate(zip(*(column.tolist() for column in columns), strict=True))
     lines = [f"jpg {a} {b} {n}.jpg txt {c} {d} {n}.txt" for n, (a, b, c, d) in rows]
-    _write_atomically(Path(path), "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode())
+    write_bytes_atomically(Path(path), "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode())

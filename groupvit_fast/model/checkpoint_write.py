@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from groupvit_fast.console import write_bytes_atomically
 from groupvit_fast.model.checkpoint_config import (
     FORMAT,
     CheckpointError,
@@ -125,17 +126,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Write one file under a hidden name, flush it to the disk, rename it."""
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; name a file, such as {path / 'model.pth'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_bytes_atomically(path, data)
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:

@@ -7,7 +7,7 @@ repeating pixels, so that a small image stays honest about its resolution.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from groupvit_fast.console import write_bytes_atomically
 from groupvit_fast.segmentation.colours import class_colours, group_colours
 
 PAPER = (255, 255, 255)
@@ -253,11 +254,6 @@ def mask_picture(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
 
 def save_atomically(picture: Image.Image, path: Path) -> None:
     """Write a PNG so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_bytes_atomically(path, buffer.getvalue())

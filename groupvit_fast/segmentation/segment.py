@@ -17,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupvit_fast import ops
+from groupvit_fast.data.images import IMAGENET_MEAN, IMAGENET_STD
 from groupvit_fast.segmentation.prompts import ClassText
 from groupvit_fast.segmentation.protocols import Protocol
 from groupvit_fast.segmentation.resize import resize_photo
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""ImageNet statistics of red, green and blue, values 0-1: what the models were trained with."""
 
 
 class Box(NamedTuple):

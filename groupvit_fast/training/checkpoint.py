@@ -51,7 +51,6 @@ def save(
         temporary.mkdir()
         for name, content in _contents(model, state, about).items():
             write_file(temporary / name, content)
-            (temporary / name).chmod(0o644)  # temporary files are made for one user; the folder decides
         _flush(temporary)
         if final.exists():
             _remove(final)

@@ -80,14 +80,14 @@ def test_damaged_stored_index_is_made_again(make_shards, content):
 
 def test_read_only_shard_folder_uses_the_cache(make_shards, tmp_path, monkeypatch):
     (tar,) = make_shards(5)
-    write = index_module._write_atomically
+    write = index_module.write_bytes_atomically
 
     def refuse(path, data):  # chmod does not stop root, so the file system's answer is played here
         if path.parent == tar.parent:
             raise PermissionError(13, "Permission denied", str(path))
         write(path, data)
 
-    monkeypatch.setattr(index_module, "_write_atomically", refuse)
+    monkeypatch.setattr(index_module, "write_bytes_atomically", refuse)
     place = write_index(tar)
     assert place.is_relative_to(tmp_path / "cache" / "groupvit_fast")
     monkeypatch.setattr(index_module, "scan", None)
@@ -100,7 +100,7 @@ def test_no_writable_place_still_reads(make_shards, monkeypatch):
         raise OSError(30, "Read-only file system", str(path))
 
     (tar,) = make_shards(5)
-    monkeypatch.setattr(index_module, "_write_atomically", refuse)
+    monkeypatch.setattr(index_module, "write_bytes_atomically", refuse)
     assert write_index(tar) is None
     assert len(read_index(tar)) == 5
 

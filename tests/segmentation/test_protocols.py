@@ -49,8 +49,9 @@ def test_resolve_takes_the_threshold_of_the_dataset():
 
 
 def test_resolve_takes_the_image_size_of_the_model():
-    resolved = protocol("shapes").resolve(dataset="voc-folder", background=False, image_size=64)
-    assert resolved.short_side == 64
+    own_size = replace(protocol("shapes"), short_side=None)
+    assert own_size.resolve(dataset="voc-folder", background=False, image_size=64).short_side == 64
+    assert protocol("shapes").resolve(dataset="voc-folder", background=False, image_size=64).short_side == 96
     assert protocol("official").resolve(dataset="voc20", background=False, image_size=64).short_side == 448
 
 
