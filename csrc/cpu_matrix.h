@@ -72,20 +72,28 @@ void add_column_sums(Rows<const T> rows, index_t count, index_t padded_width, T*
     }
 }
 
-// to[column][i] = factor * rows[i][column], i padded with zeros to whole vectors: the layout in which a product
-// over `width` has its results along the vector.
+// to[column][i] = rows[i][column], i padded with zeros to whole vectors: the layout in which a product over
+// `width` has its results along the vector.
 template <class T>
-void transpose_rows(Rows<T> rows, index_t count, index_t width, T factor, T* to, index_t to_row) {
+void transpose_rows(Rows<T> rows, index_t count, index_t width, T* to, index_t to_row) {
     constexpr int lanes = kLanes<T>;
     for (index_t i = 0; i < count; i += lanes) {
         const int block = static_cast<int>(smaller<index_t>(lanes, count - i));
         for (index_t j = 0; j < width; j += lanes) {
             Vector<T> square[lanes] = {};
-            for (int k = 0; k < block; ++k) square[k] = factor * load(rows[i + k] + j);
+            for (int k = 0; k < block; ++k) square[k] = load(rows[i + k] + j);
             transpose_square<T>(square);
             for (int k = 0; k < lanes && j + k < width; ++k) store(to + (j + k) * to_row + i, square[k]);
         }
     }
+}
+
+// The same for at most half a vector of rows, two columns at a time, as paired_product wants them: a pair moves
+// as one element of twice the size.
+inline void transpose_pairs(Rows<float> rows, index_t count, index_t width, float* to) {
+    static_assert(sizeof(double) == 2 * sizeof(float));
+    transpose_rows<double>({reinterpret_cast<double*>(rows.data), rows.row / 2}, count, width / 2,
+                           reinterpret_cast<double*>(to), kLanes<double>);
 }
 
 // Memory of one thread for one call, in pieces aligned for any vector.

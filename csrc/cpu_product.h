@@ -78,4 +78,37 @@ void product(Strided<T> a, const T* b, index_t b_row, T* c, index_t c_row, index
     }
 }
 
+// The same for a result of half a vector's width, where a vector of b holds two steps of depth: lane 2n + i of
+// vector k belongs to column n and step 2k + i (transpose_pairs). One broadcast brings two elements of a.
+template <int rows>
+GVIT_INLINE void paired_block(const float* a, index_t a_row, const float* b, float* c, index_t depth) {
+    constexpr int lanes = kLanes<float>;
+    Vector<float> sum[rows] = {};
+    for (index_t k = 0; k < depth; k += 2) {
+        if (k % 16 == 0)
+            for (int m = 0; m < rows; ++m) __builtin_prefetch(a + (m + rows) * a_row + k);
+        const Vector<float> right = load(b + k / 2 * lanes);
+        for (int m = 0; m < rows; ++m) {
+            double pair;
+            __builtin_memcpy(&pair, a + m * a_row + k, sizeof pair);
+            sum[m] += reinterpret<Vector<float>>(fill(pair)) * right;
+        }
+    }
+    const Vector<int32_t> even = lane_numbers<float>() * 2, odd = even + 1;
+    for (int m = 0; m < rows; m += 2) {
+        const Vector<float> one = shuffle<float>(sum[m], sum[m + 1], even);
+        store(c + m * (lanes / 2), one + shuffle<float>(sum[m], sum[m + 1], odd));
+    }
+}
+
+// c[m][n] = sum over k of a[m][k] * b[k][n] for n < kLanes / 2, an even depth, and an even number of rows of c:
+// an odd last row of a is computed twice.
+inline void paired_product(const float* a, index_t a_row, const float* b, float* c, index_t count, index_t depth) {
+    constexpr int rows = GVIT_VECTOR_REGISTERS >= 32 ? 16 : 8;
+    constexpr index_t c_row = kLanes<float> / 2;
+    index_t m = 0;
+    for (; m + rows <= count; m += rows) paired_block<rows>(a + m * a_row, a_row, b, c + m * c_row, depth);
+    for (; m < count; m += 2) paired_block<2>(a + m * a_row, m + 1 < count ? a_row : 0, b, c + m * c_row, depth);
+}
+
 }  // namespace gvit::GVIT_LEVEL

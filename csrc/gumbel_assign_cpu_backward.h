@@ -55,7 +55,7 @@ class AssignBackward : AssignTile<S> {
         gradient =
             read_rows<S>(Base::at(p.grad_output, sample, 0), p.grad_output.row, p.groups, p.channels, gradient_scratch);
         this->start_sample(sample, query);
-        transpose_rows<T>(gradient, p.groups, p.channels, T(1), gradient_t, groups_row);
+        transpose_rows<T>(gradient, p.groups, p.channels, gradient_t, groups_row);
         std::memset(grad_query, 0, p.groups * channels_row * sizeof(T));
         std::memset(grad_bias, 0, groups_row * sizeof(T));
         for (index_t s = 0; s < groups_row; ++s) output_dot[s] = inverse[s] = 0;

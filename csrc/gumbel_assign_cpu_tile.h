@@ -52,7 +52,7 @@ struct AssignTile {
     }
 
     void start_sample(index_t sample, Rows<T> query) {
-        transpose_rows<T>(query, p.groups, p.channels, T(1), query_t, groups_row);
+        transpose_rows<T>(query, p.groups, p.channels, query_t, groups_row);
         for (index_t s = 0; s < groups_row; ++s) {
             const bool given = p.bias != nullptr && s < p.groups;
             bias[s] = given ? widen(static_cast<const S*>(p.bias)[sample * p.groups + s]) : T(0);
