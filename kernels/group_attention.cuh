@@ -182,8 +182,7 @@ GVIT_GLOBAL(kAttendThreads<kWarps>, kWarps == 1 ? 8 : 3) attend_kernel(Attention
             }
             float shrink[2];
             softmax.update(scores, scale, smaller(tokens - token, kTileRows), shrink);
-            put_fragment(scores, weights, kWeightStride<T>);
-            sync_warp();
+            put_fragment(scores, weights, kWeightStride<T>);  // seen by the others after the barrier of next()
             GVIT_UNROLL
             for (int t = 0; t < kAttendTiles<T>; ++t) {
                 output[t].scale_rows(shrink);

@@ -1,6 +1,7 @@
-"""Put this folder's modules on the path of its tests."""
+"""Put this folder's modules, and the error budget of the operator tests, on the path of its tests."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "ops")]

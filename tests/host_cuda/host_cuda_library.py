@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = Path(tempfile.gettempdir()) / f"groupvit-fast-host-cuda-{os.getuid()}"
+ROOT_VARIABLE = "GROUPVIT_HOST_CUDA_ROOT"
 COMPILERS_AT_ONCE = 2
 SHIM_SOURCES = ("fibers.cpp", "memory_checks.cpp", "undefined_checks.cpp", "entry.cpp")
 COMMON_FLAGS = ("-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra", "-DGVIT_HOST_CUDA", "-fvisibility=hidden")
@@ -100,7 +101,7 @@ def includes(path: Path, root: Path) -> set[Path]:
 
 
 def build(root: Path = ROOT, flags: Sequence[str] = CHECKED_FLAGS, cache: Path = CACHE) -> Path:
-    """Compile the host run of the sources under `root`, as far as it is not in `cache` already.
+    """Compile the host run of the sources under `root`; what is in CACHE or `cache` already is taken.
 
     Objects and libraries are kept by content, so a changed header compiles only what includes it.
     """
@@ -116,7 +117,8 @@ def build(root: Path = ROOT, flags: Sequence[str] = CHECKED_FLAGS, cache: Path =
         digest = hashlib.sha256(repr(command).replace(str(root), "").encode())
         for path in sorted(includes(source, root), key=lambda p: p.name):
             digest.update(path.name.encode() + path.read_bytes())
-        objects.append(cache / f"{source.stem}-{digest.hexdigest()[:20]}.o")
+        name = f"{source.stem}-{digest.hexdigest()[:20]}.o"
+        objects.append(CACHE / name if (CACHE / name).exists() else cache / name)
         if not objects[-1].exists():
             running.append(_Compilation(command, objects[-1]))
         if len(running) == COMPILERS_AT_ONCE:
@@ -149,5 +151,6 @@ class _Compilation:
 
 @functools.cache
 def library() -> Library:
-    """The host run of this checkout."""
-    return Library(build())
+    """The host run of this checkout, or of the sources that ROOT_VARIABLE names."""
+    other = os.environ.get(ROOT_VARIABLE)
+    return Library(build(Path(other), cache=Path(other)) if other else build())
