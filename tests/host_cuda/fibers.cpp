@@ -9,6 +9,7 @@
 #include <string>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -87,6 +88,7 @@ void switch_stack(Fiber& from, Fiber& to) {
 }
 #endif
 
+// The address sanitizer is told of each change of stack, and that a stack begins anew.
 #if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
@@ -100,9 +102,11 @@ void switch_to(Fiber& from, Fiber& to) {
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 void arrived() { __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes); }
+void renew(const Fiber& fiber) { __asan_unpoison_memory_region(fiber.stack, kStackBytes); }
 #else
 void switch_to(Fiber& from, Fiber& to) { switch_stack(from, to); }
 void arrived() {}
+void renew(const Fiber&) {}
 #endif
 
 void stop(State state, Where where) {
@@ -182,6 +186,7 @@ void run_block() {
     barrier_epoch = ++epochs;
     for (Warp& warp : warps) warp.sync_epoch = ++epochs;
     for (Fiber& fiber : fibers) {
+        renew(fiber);
         prepare(fiber, fiber_entry);
         fiber.state = State::ready;
     }

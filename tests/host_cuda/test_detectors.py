@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from host_cuda_library import HERE, HostCudaError, compiler, library
+from host_cuda_library import ADDRESS_VARIABLE, HERE, HostCudaError, compiler, library
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no host compiler")
 PROBES = (HERE / "probes.cu").read_text()
@@ -68,3 +71,19 @@ def test_a_launch_after_a_fault_is_unharmed() -> None:
     with pytest.raises(HostCudaError):
         run("barrier_in_a_branch")
     np.testing.assert_array_equal(run("block_sum"), SOUND["block_sum"])
+
+
+@pytest.mark.slow
+def test_the_kernels_are_clean_under_the_address_sanitizer():
+    """Each thread's own arrays too; in a process of its own, since the sanitizer must be loaded first."""
+    libraries = [
+        subprocess.run(
+            [compiler(), f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    settings = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", ADDRESS_VARIABLE: "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not last_byte"]
+    command.append(str(HERE / "test_tiled_kernels.py"))
+    run = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
