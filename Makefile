@@ -14,7 +14,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint build bench clean
+.PHONY: demo test lint build bench sanitize clean
 
 demo: build
 	$(BIN)/python -m groupvit_fast.train --amp --output runs/demo
@@ -29,6 +29,10 @@ lint: build
 
 bench: build
 	$(BIN)/python benchmarks/kernel_bench.py
+
+# The CUDA kernels under compute-sanitizer; needs a GPU.
+sanitize: build
+	$(BIN)/python tests/sanitize.py
 
 build: $(VENV)/.built
 
