@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from host_cuda_launch import STORAGE, AssignParams, AttentionParams, Launch
-from host_cuda_library import Library, compiler, library
+from host_cuda_library import compiler, library
 from torch import Tensor
 
 __all__ = [
@@ -52,10 +52,8 @@ def _attention_params(
     )
 
 
-def group_attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, on: Library | None = None
-) -> tuple[Tensor, Tensor]:
-    launch = Launch(on)
+def group_attention_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    launch = Launch()
     params = _attention_params(launch, query, key, value, scale)
     output = _heads_last(query, query.shape[2])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -74,10 +72,8 @@ def group_attention_backward(
     output: Tensor,
     lse: Tensor,
     scale: float,
-    *,
-    on: Library | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    launch = Launch(on)
+    launch = Launch()
     params = _attention_params(launch, query, key, value, scale)
     grad_query = _heads_last(query, query.shape[2])
     grad_key, grad_value = _heads_last(query, key.shape[2]), _heads_last(query, key.shape[2])
@@ -134,10 +130,8 @@ def gumbel_assign_forward(
     tau: float,
     eps: float,
     hard: bool,
-    *,
-    on: Library | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    launch = Launch(on)
+    launch = Launch()
     params = _assign_params(launch, query, key, value, bias, noise_key, (scale, tau, eps, hard))
     batch, groups, _ = query.shape
     output = torch.empty(query.shape, dtype=query.dtype)
@@ -168,10 +162,8 @@ def gumbel_assign_backward(
     tau: float,
     eps: float,
     hard: bool,
-    *,
-    on: Library | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    launch = Launch(on)
+    launch = Launch()
     params = _assign_params(launch, query, key, value, bias, noise_key, (scale, tau, eps, hard))
     grad_query, grad_key = (
         torch.empty(query.shape, dtype=query.dtype),

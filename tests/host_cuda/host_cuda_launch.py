@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from host_cuda_library import Library, library
+from host_cuda_library import library
 from torch import Tensor
 
 STORAGE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -48,21 +48,30 @@ AssignParams = _struct(
 )
 
 
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def pieces(tensor: Tensor) -> list[Tensor]:
+    """Parts of a tensor without a gap between them that its outermost dimensions leave."""
+    if tensor.dim() > 1 and tensor.stride(0) > _span(tensor[0]):
+        return [piece for part in tensor for piece in pieces(part)]
+    return [tensor]
+
+
 class Launch:
     """Collects the tensors of one launch: what may be read, what may be written."""
 
-    def __init__(self, on: Library | None = None) -> None:
-        self._library = on or library()
+    def __init__(self) -> None:
         self._tensors: list[tuple[str, int, int, bool, bool]] = []
         self._kept: list[Tensor] = []
 
     def _register(self, name: str, tensor: Tensor, writable: bool) -> int:
-        if tensor.numel() == 0:
-            return tensor.data_ptr()
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        size = (last + 1) * tensor.element_size()
         self._kept.append(tensor)
-        self._tensors.append((name, tensor.data_ptr(), size, writable, not writable))
+        for piece in pieces(tensor) if tensor.numel() > 0 else []:
+            size = _span(piece) * tensor.element_size()
+            self._tensors.append((name, piece.data_ptr(), size, writable, not writable))
         return tensor.data_ptr()
 
     def pointer(self, name: str, tensor: Tensor | None, *, result: bool = False) -> int | None:
@@ -85,5 +94,5 @@ class Launch:
         return self.pointer("workspace", torch.empty(floats), result=True)
 
     def run(self, operator: str, params: ctypes.Structure) -> None:
-        self._library.register(self._tensors)
-        self._library.call(operator, ctypes.byref(params))
+        library().register(self._tensors)
+        library().call(operator, ctypes.byref(params))

@@ -24,6 +24,7 @@ from host_cuda_library import ROOT, ROOT_VARIABLE
 
 OPERATORS = "tests/ops/"
 ATTENTION, ASSIGN = OPERATORS + "test_group_attention.py", OPERATORS + "test_gumbel_assign.py"
+TILED = "tests/host_cuda/test_tiled_kernels.py"
 MASKS = "tests/host_cuda/test_mask_kernels.py"
 
 
@@ -166,6 +167,13 @@ MUTATIONS = [
         "upper ? word[i] : word[i + 2], 1",
     ),
     _tile("tile: a row too many stored", "row >= to.rows", "row > to.rows"),
+    Mutation(
+        "tile: 32-bit offset of a sample",
+        "kernels/tile.cuh",
+        "sample * from.batch",
+        "static_cast<int>(sample * from.batch)",
+        (TILED,),
+    ),
     _mma(
         "mma: matrices of A in the wrong order",
         "a + (8 * bit0 + within) * a_stride + 8 * bit1",

@@ -5,6 +5,8 @@ Values and gradients of both operators in general are in tests/ops, where `host_
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from error_budget import assert_close
@@ -22,6 +24,7 @@ from groupvit_fast.ops import reference
 
 pytestmark = pytest.mark.skipif(not available(), reason="no host compiler")
 SCALE, TAU, EPS = 0.3, 0.7, 1.0
+MAP_NORESERVE = 0x4000
 NOISE_KEY = torch.tensor([0x123456789ABCDEF, -5])
 
 
@@ -161,6 +164,26 @@ def test_the_way_of_copying_does_not_matter(operator, dtype):
     inputs = make_inputs((1, *shape[1:]), dtype)
     moved = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in inputs]
     assert all(t.data_ptr() % 16 != 0 for t in moved)
+    for one, other in zip(run(*inputs), run(*moved), strict=True):
+        assert torch.equal(one, other)
+
+
+def far_apart(tensor):
+    """The same values, 2^32 elements from one sample to the next; memory that is not touched costs nothing."""
+    step, size = 2**32, tensor.element_size()
+    room = mmap.mmap(
+        -1, (step * (len(tensor) - 1) + tensor[0].numel()) * size, mmap.MAP_PRIVATE | MAP_NORESERVE
+    )
+    memory = torch.frombuffer(room, dtype=tensor.dtype)
+    moved = memory.as_strided(tensor.shape, (step, *tensor.stride()[1:]))
+    return moved.copy_(tensor)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_samples_may_be_more_than_32_bits_apart(operator):
+    run, make_inputs, shape = OPERATORS[operator]
+    inputs = make_inputs((2, *shape[1:]), torch.bfloat16)
+    moved = [t if t.dim() == 2 else far_apart(t) for t in inputs]  # the bias is copied to be contiguous
     for one, other in zip(run(*inputs), run(*moved), strict=True):
         assert torch.equal(one, other)
 
