@@ -222,7 +222,7 @@ def mutated(mutation: Mutation, folder: Path) -> None:
 
 
 def caught_by(mutation: Mutation) -> str | None:
-    """The last lines of the failed test, or None when every test passed."""
+    """The test that failed and how, or None when every test passed."""
     with tempfile.TemporaryDirectory() as folder:
         mutated(mutation, Path(folder))
         command = [
@@ -245,7 +245,7 @@ def caught_by(mutation: Mutation) -> str | None:
         raise RuntimeError(
             f"{mutation.name}: the tests did not run\n{run.stdout[-3000:]}{run.stderr[-1000:]}"
         )
-    return next((line for line in run.stdout.splitlines() if "Error" in line), run.stdout[-300:])
+    return next(line for line in run.stdout.splitlines() if line.startswith(("FAILED ", "ERROR ")))
 
 
 def main() -> None:

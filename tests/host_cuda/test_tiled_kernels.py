@@ -169,7 +169,7 @@ def test_the_way_of_copying_does_not_matter(operator, dtype):
 
 
 def far_apart(tensor):
-    """The same values, 2^32 elements from one sample to the next; memory that is not touched costs nothing."""
+    """The same values with 2^32 elements from one sample to the next; untouched memory costs nothing."""
     step, size = 2**32, tensor.element_size()
     room = mmap.mmap(
         -1, (step * (len(tensor) - 1) + tensor[0].numel()) * size, mmap.MAP_PRIVATE | MAP_NORESERVE
