@@ -94,10 +94,9 @@ GVIT_INLINE void paired_block(const float* a, index_t a_row, const float* b, flo
             sum[m] += reinterpret<Vector<float>>(fill(pair)) * right;
         }
     }
-    const Vector<int32_t> even = lane_numbers<float>() * 2, odd = even + 1;
     for (int m = 0; m < rows; m += 2) {
-        const Vector<float> one = shuffle<float>(sum[m], sum[m + 1], even);
-        store(c + m * (lanes / 2), one + shuffle<float>(sum[m], sum[m + 1], odd));
+        const Vector<float> even = shuffle<float, Every<2, 0>>(sum[m], sum[m + 1]);
+        store(c + m * (lanes / 2), even + shuffle<float, Every<2, 1>>(sum[m], sum[m + 1]));
     }
 }
 

@@ -67,27 +67,44 @@ GVIT_INLINE V smaller_of(V a, V b) {
     return a < b ? a : b;
 }
 
-// Lane i of the result is lane order[i] of a followed by b.
-template <class T>
-GVIT_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, Vector<Integer<T>> order) {
+// The orders that lanes are taken in: at(i) is the lane, of a vector followed by another, that becomes lane i.
+template <int distance>
+struct Exchange {
+    static constexpr int at(int i) { return i ^ distance; }
+};
+template <int step, int first>
+struct Every {
+    static constexpr int at(int i) { return step * i + first; }
+};
+template <int lanes, int first>
+struct Interleave {
+    static constexpr int at(int i) { return first + i / 2 + i % 2 * lanes; }
+};
+
+template <class Order, class V, int... i>
+GVIT_INLINE V shuffle_lanes(V a, V b, std::integer_sequence<int, i...>) {
 #if defined(__clang__)
-    Vector<T> v;
-    for (int i = 0; i < kLanes<T>; ++i) v[i] = order[i] < kLanes<T> ? a[order[i]] : b[order[i] - kLanes<T>];
-    return v;
+    return __builtin_shufflevector(a, b, Order::at(i)...);
 #else
-    return __builtin_shuffle(a, b, order);
+    typedef decltype(a == b) Lanes;
+    return __builtin_shuffle(a, b, Lanes{Order::at(i)...});
 #endif
 }
 
+template <class T, class Order>
+GVIT_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b) {
+    return shuffle_lanes<Order>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
 // Reductions over the lanes, by halves: the order depends on the width of the vector only.
-#define GVIT_REDUCE_LANES(name, combine)                                                    \
-    template <class T>                                                                      \
-    GVIT_INLINE T name(Vector<T> v) {                                                       \
-        for (int half = kLanes<T> / 2; half > 0; half /= 2) {                               \
-            const Vector<T> other = shuffle<T>(v, v, lane_numbers<T>() ^ Integer<T>(half)); \
-            v = combine;                                                                    \
-        }                                                                                   \
-        return v[0];                                                                        \
+#define GVIT_REDUCE_LANES(name, combine)                              \
+    template <class T, int half = kLanes<T> / 2>                      \
+    GVIT_INLINE T name(Vector<T> v) {                                 \
+        if constexpr (half == 0) return v[0];                         \
+        if constexpr (half != 0) {                                    \
+            const Vector<T> other = shuffle<T, Exchange<half>>(v, v); \
+            return name<T, half / 2>(combine);                        \
+        }                                                             \
     }
 GVIT_REDUCE_LANES(sum_lanes, v + other)
 GVIT_REDUCE_LANES(largest_lane, larger_of(v, other))
@@ -98,13 +115,11 @@ GVIT_REDUCE_LANES(smallest_lane, smaller_of(v, other))
 template <class T>
 GVIT_INLINE void transpose_square(Vector<T>* row) {
     constexpr int n = kLanes<T>, half = n / 2;
-    const Vector<Integer<T>> lane = lane_numbers<T>();
-    const Vector<Integer<T>> low = (lane >> 1) + (lane & 1) * n, high = low + half;
     for (int round = 1; round < n; round *= 2) {
         Vector<T> shuffled[n];
         for (int i = 0; i < half; ++i) {
-            shuffled[2 * i] = shuffle<T>(row[i], row[i + half], low);
-            shuffled[2 * i + 1] = shuffle<T>(row[i], row[i + half], high);
+            shuffled[2 * i] = shuffle<T, Interleave<n, 0>>(row[i], row[i + half]);
+            shuffled[2 * i + 1] = shuffle<T, Interleave<n, half>>(row[i], row[i + half]);
         }
         for (int i = 0; i < n; ++i) row[i] = shuffled[i];
     }

@@ -75,9 +75,7 @@ class AttentionForward : AttentionTile<S> {
     }
 
     // Where a vector holds two tokens: the same group of the other one.
-    static GVIT_INLINE Vector<T> other_half(Vector<T> v) {
-        return shuffle<T>(v, v, lane_numbers<T>() ^ Integer<T>(kLanes<T> / 2));
-    }
+    static GVIT_INLINE Vector<T> other_half(Vector<T> v) { return shuffle<T, Exchange<kLanes<T> / 2>>(v, v); }
 
     void correct_sums() {
         for (index_t s = 0; s < groups; ++s)
