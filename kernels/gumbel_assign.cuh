@@ -130,7 +130,7 @@ GVIT_DEVICE Winner shuffle_winner(const Winner& mine, int mask GVIT_WHERE) {
 }
 
 template <class T>
-GVIT_GLOBAL(kPairThreads, sizeof(T) == 2 ? 2 : 1) assign_kernel(AssignParams p) {
+GVIT_GLOBAL(kPairThreads, sizeof(T) == 2 ? 3 : 2) assign_kernel(AssignParams p) {
     GVIT_DYNAMIC_SHARED(shared);
     GVIT_SHARED(Winner, others, kPairTile);
     const int tokens = static_cast<int>(p.tokens), groups = static_cast<int>(p.groups);
@@ -207,7 +207,7 @@ GVIT_DEVICE void put_winners(const AssignParams& p, index_t sample, int token, i
 }
 
 template <class T>
-GVIT_GLOBAL(kPairThreads, 2) average_kernel(AssignParams p) {
+GVIT_GLOBAL(kPairThreads, sizeof(T) == 2 ? 3 : 2) average_kernel(AssignParams p) {
     GVIT_DYNAMIC_SHARED(shared);
     GVIT_SHARED(int, counts, kPairTile + 1);
     constexpr int slice_columns = kAverageChunks * kTileColumns<T>;
