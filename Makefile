@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint build bench sanitize clean
 
 demo: build
-	$(BIN)/python -m groupvit_fast.train --amp --output runs/demo
+	$(BIN)/python -m groupvit_fast.train --amp
 
 test: build
 	$(BIN)/python -m pytest

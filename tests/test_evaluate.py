@@ -58,7 +58,7 @@ def test_table_json_and_folder(checkpoint, root, tmp_path, capsys):
     assert values["images"] == 4
     assert values["settings"]["batch_size"] == 64
     assert set(values["protocol"]) == {field.name for field in fields(Protocol)}
-    assert values["protocol"]["short_side"] == 64
+    assert values["protocol"]["short_side"] == 96
     assert values["checkpoint"] == str(checkpoint)
     assert json.loads((output / "result.json").read_text()) == values
     with (output / "classes.csv").open() as table:

@@ -120,7 +120,8 @@ def _store(index: ShardIndex, cache_dir: Path | None) -> Path | None:
 def _load(path: Path, tar: Path) -> ShardIndex | None:
     """The stored index, or None when it is absent, damaged or older than the tar."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # opened here, because np.load leaves a damaged file open
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
             stamp = tuple(about["stamp"])
             if stamp != file_stamp(tar):

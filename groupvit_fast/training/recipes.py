@@ -210,7 +210,7 @@ def tiny() -> TrainConfig:
     """
     return TrainConfig(
         preset="tiny",
-        steps=1500,
+        steps=1200,
         batch_size=128,
         lr=2e-3,
         min_lr=2e-5,

@@ -30,7 +30,7 @@ def test_torch_export_takes_any_batch_and_size(model, tmp_path):
         wanted = ImageGraph(model)(pixels)
         assert wanted[2].shape[2:] == (size[2] // 8, size[3] // 8)
         for found, value in zip(graph(pixels), wanted, strict=True):
-            assert_close(found, value, rtol=1e-5, atol=1e-5)
+            assert_close(found, value, rtol=1e-5, atol=1e-5 * max(1.0, value.abs().max().item()))
 
 
 @torch.no_grad()
