@@ -120,7 +120,8 @@ def build(root: Path = ROOT, flags: Sequence[str] = CHECKED_FLAGS, cache: Path =
     objects, running = [], []
     for source, own_flags in jobs:
         command = [cxx, *COMMON_FLAGS, *own_flags, f"-I{root}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
-        digest = hashlib.sha256(repr(command).replace(str(root), "").encode())
+        same_anywhere = repr(command).replace(str(HERE), "shim").replace(str(root), "root")
+        digest = hashlib.sha256(same_anywhere.encode())
         for path in sorted(includes(source, root), key=lambda p: p.name):
             digest.update(path.name.encode() + path.read_bytes())
         name = f"{source.stem}-{digest.hexdigest()[:20]}.o"

@@ -42,7 +42,7 @@ def _of(file: str, *tests: str):
 
 
 _attention = _of("kernels/group_attention.cuh", ATTENTION)
-_assign = _of("kernels/gumbel_assign.cuh", ASSIGN)
+_assign = _of("kernels/gumbel_assign.cuh", TILED, ASSIGN)
 _backward = _of("kernels/gumbel_assign_backward.cuh", ASSIGN)
 _philox = _of("kernels/philox.cuh", ASSIGN)
 _pairs = _of("kernels/token_group.cuh", ATTENTION, ASSIGN)
@@ -221,31 +221,27 @@ def mutated(mutation: Mutation, folder: Path) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
+PYTEST_OPTIONS = ["-x", "-q", "-ra", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+
+
+def failed_test(tests: str, root: str) -> str | None:
+    """pytest's line for the first of these tests that fails on the sources under `root`, or None."""
+    command = [sys.executable, "-m", "pytest", *PYTEST_OPTIONS, tests]
+    command += ["-k", "host_cuda"] if tests.startswith(OPERATORS) else []
+    environment = os.environ | {ROOT_VARIABLE: root, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        return None
+    if run.returncode != 1:
+        raise RuntimeError(f"{tests} did not run\n{run.stdout[-3000:]}{run.stderr[-1000:]}")
+    return next(line for line in run.stdout.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+
+
 def caught_by(mutation: Mutation) -> str | None:
     """The test that failed and how, or None when every test passed."""
     with tempfile.TemporaryDirectory() as folder:
         mutated(mutation, Path(folder))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            "--tb=line",
-        ]
-        command += [*mutation.tests, *(["-k", "host_cuda"] if OPERATORS in mutation.tests[0] else [])]
-        environment = os.environ | {ROOT_VARIABLE: folder, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if run.returncode == 0:
-        return None
-    if run.returncode != 1:
-        raise RuntimeError(
-            f"{mutation.name}: the tests did not run\n{run.stdout[-3000:]}{run.stderr[-1000:]}"
-        )
-    return next(line for line in run.stdout.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+        return next(filter(None, (failed_test(tests, folder) for tests in mutation.tests)), None)
 
 
 def main() -> None:
