@@ -317,7 +317,7 @@ GVIT_DEVICE void finish_groups(const float (&share)[8], float (&factor)[2], cons
 
 // A result of more than kChunks chunks is several work items.
 template <class T, template <class> class Operator, int kChunks, class Params>
-GVIT_GLOBAL(kPairThreads, 1) sum_over_tokens_kernel(Params params) {
+GVIT_GLOBAL(kPairThreads, kChunks == 1 ? 2 : 1) sum_over_tokens_kernel(Params params) {
     using Op = Operator<T>;
     constexpr int kSlots = 2 * Op::kProducts;
     GVIT_DYNAMIC_SHARED(shared);

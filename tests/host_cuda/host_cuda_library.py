@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ ROOT = HERE.parent.parent
 CACHE = Path(tempfile.gettempdir()) / f"groupvit-fast-host-cuda-{os.getuid()}"
 ROOT_VARIABLE, ADDRESS_VARIABLE = "GROUPVIT_HOST_CUDA_ROOT", "GROUPVIT_HOST_CUDA_ADDRESS"
 COMPILERS_AT_ONCE = 2
+KEPT_SECONDS = 7 * 24 * 3600
 SHIM_SOURCES = ("fibers.cpp", "memory_checks.cpp", "undefined_checks.cpp", "entry.cpp")
 COMMON_FLAGS = ("-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra", "-DGVIT_HOST_CUDA", "-fvisibility=hidden")
 # The thread sanitizer's calls, answered by memory_checks.cpp; the other's, by undefined_checks.cpp. Products
@@ -112,6 +114,8 @@ def build(root: Path = ROOT, flags: Sequence[str] = CHECKED_FLAGS, cache: Path =
     if cxx is None:
         raise FileNotFoundError("no host compiler: install g++ or set CXX")
     cache.mkdir(parents=True, exist_ok=True)
+    for old in [path for path in cache.iterdir() if time.time() - path.stat().st_mtime > KEPT_SECONDS]:
+        old.unlink(missing_ok=True)
     # The shadow memory does not watch itself.
     shim_flags = () if flags == CHECKED_FLAGS else flags
     shim = [name for name in SHIM_SOURCES if flags == CHECKED_FLAGS or name != "undefined_checks.cpp"]
