@@ -114,7 +114,7 @@ def build(root: Path = ROOT, flags: Sequence[str] = CHECKED_FLAGS, cache: Path =
     if cxx is None:
         raise FileNotFoundError("no host compiler: install g++ or set CXX")
     cache.mkdir(parents=True, exist_ok=True)
-    for old in [path for path in cache.iterdir() if time.time() - path.stat().st_mtime > KEPT_SECONDS]:
+    for old in [path for path in CACHE.glob("*.*o") if time.time() - path.stat().st_mtime > KEPT_SECONDS]:
         old.unlink(missing_ok=True)
     # The shadow memory does not watch itself.
     shim_flags = () if flags == CHECKED_FLAGS else flags
