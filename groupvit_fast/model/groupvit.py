@@ -5,7 +5,8 @@ Shapes: B images, N texts, U distinct texts, K prompts per image, T tokens, G gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,15 @@ class GroupViT(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """tokens int64 [N,T], zero-padded -> [N,D], projected and not normalised."""
         return self.text_projector(self.text_encoder(tokens))
+
+    def segment(self, images: Any, labels: Sequence[str], **options: Any) -> list[Tensor]:
+        """Zero-shot segmentation of uint8 RGB images [H, W, 3] into the classes named by `labels`.
+
+        Options (protocol, background_threshold), result and errors: `segmentation.photos.segment_photos`.
+        """
+        # By name, when called: this one method leads upwards, and the model must be importable without it.
+        photos = importlib.import_module("groupvit_fast.segmentation.photos")
+        return photos.segment_photos(self, images, labels, **options)
 
     def save_pretrained(self, directory: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
         """Write model.safetensors, config.json and a model card; `load_model(directory)` reads them back.

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GroupViTConfig
 
+from groupvit_fast import ops
 from groupvit_fast.model.checkpoint_keys import to_ours
 from groupvit_fast.model.groupvit import create_model
 from groupvit_fast.model.presets import preset
@@ -203,3 +204,19 @@ def test_projected_groups_are_refused_with_batch_norm():
     with pytest.raises(RuntimeError, match="projector_layers=1"):
         model(torch.randn(2, 3, 64, 64), torch.tensor([[49406, 49407]]), torch.zeros(2, 1, dtype=torch.int64),
               return_groups=True)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(448, 448), (320, 464)])
+def test_other_sizes_equal_the_reference_operators(size):
+    """Hugging Face's model takes 224 px only, so here the plain-PyTorch operators are the judge."""
+    model = create_model("groupvit-gcc-yfcc", seed=0).eval()
+    pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    found = model.encode_groups(pixels)
+    with ops.use_backend("reference"):
+        wanted = model.encode_groups(pixels)
+    assert found.grid == (size[0] // 16, size[1] // 16)
+    assert_close(found.groups, wanted.groups, rtol=1e-5, atol=1e-5)
+    assert_close(found.image, wanted.image, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found.maps, wanted.maps, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=1e-5)
