@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# A step has hundreds of short parallel regions. Threads that spin at the end of each one made it three times
-# slower on a CPU that other work shared; threads that sleep cost nothing that could be measured without it.
+# A step has hundreds of short parallel regions; with other work on the machine, threads that spin at the end of
+# each made it three times slower than threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
