@@ -28,14 +28,17 @@ GVIT_HD bool exceeds(float value, float best) { return value > best || (value !=
 
 // The largest logit of a token so far, the first group that has it, and the sum of exp(logit - value).
 struct Winner {
-    float value = -HUGE_VALF;
-    int group = 0x7FFFFFFF;
-    float sum = 0.0f;
+    float value;
+    int group;
+    float sum;
+
+    // Before the first logit: loses against every group.
+    GVIT_HD static Winner none() { return {-HUGE_VALF, 0x7FFFFFFF, 0.0f}; }
 
     // Logits of consecutive groups; those that do not exist are -inf, and lose each tie by their number.
     template <int kCount>
     GVIT_HD void add(const float (&logit)[kCount], int first_group) {
-        Winner part;
+        Winner part = none();
         GVIT_UNROLL
         for (int k = 0; k < kCount; ++k) {
             if (!exceeds(logit[k], part.value) && part.group <= first_group + k) continue;
@@ -140,7 +143,7 @@ GVIT_GLOBAL(kPairThreads, sizeof(T) == 2 ? 3 : 2) assign_kernel(AssignParams p) 
         const int token = static_cast<int>(item % tiles) * kPairTile;
         const AssignMatrices<T> from(p, sample);
         const PairSources<T, 1> sources{{from.key}, {from.query}, false};
-        Winner winner[2];
+        Winner winner[2] = {Winner::none(), Winner::none()};
         for (int group = 0; group < groups; group += kPairTile) {
             GVIT_SYNC();
             PairValues values[1];
