@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# A step has hundreds of short parallel regions; with other work on the machine, threads that spin at the end of
-# each made it three times slower than threads that sleep.
+# A step has hundreds of short parallel regions; with other work on the machine, threads that spin at the
+# end of each made it three times slower than threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
