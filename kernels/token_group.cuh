@@ -281,7 +281,6 @@ GVIT_GLOBAL(kPairThreads, kOneTile && sizeof(T) == 2 ? 2 : 1) sum_over_groups_ke
             side.make_weights(0);
         }
         for (int number = 0; number < op.passes; ++number) side.make_result(number);
-        GVIT_SYNC();
     }
 }
 
