@@ -20,6 +20,11 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(20230817)

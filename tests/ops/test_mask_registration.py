@@ -4,31 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mask_cases import backend, native_only, random_maps  # noqa: F401
 
 from groupvit_fast import ops
-from groupvit_fast.ops import library
-
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(not library.HAS_CPU, reason="nothing was compiled"))
-
-
-@pytest.fixture(params=["reference", NATIVE], autouse=True)
-def backend(request):
-    with library.use_backend(request.param):
-        yield request.param
-
-
-native_only = pytest.mark.parametrize("backend", [NATIVE], indirect=True)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
-
-
-def random_maps(*shape, dtype=torch.float32, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 @native_only
