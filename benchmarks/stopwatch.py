@@ -1,0 +1,146 @@
+"""Timing of several candidates against each other in one process, and what the machine itself can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Candidates = dict[str, Callable[[], object]]
+
+# "wall": what passes; "cpu": the processor time of this process, where others keep the machine busy (its
+# threads are added up, so it compares candidates on one thread only).
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call."""
+
+    median: float
+    low: float  # tenth percentile
+    high: float  # ninetieth percentile
+    calls: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        ordered = sorted(samples)
+        tenth = len(ordered) // 10
+        return cls(ordered[len(ordered) // 2], ordered[tenth], ordered[-1 - tenth], len(ordered))
+
+
+def interleaved(
+    candidates: Candidates, device: str, *, seconds: float, rounds: int = 7, clock: str = "wall"
+) -> dict[str, Timing]:
+    """Time all candidates in turn, round after round, so that a busy moment of the machine hits them alike.
+
+    Runs at least `rounds` rounds, then until `seconds` are spent. On a GPU events are timed, and the
+    second-level cache is overwritten before every call.
+    """
+    measure = _on_gpu(device) if device == "cuda" else _on_cpu(CLOCKS[clock])
+    for candidate in candidates.values():
+        candidate()
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    end = time.perf_counter() + seconds
+    while len(samples[next(iter(samples))]) < rounds or time.perf_counter() < end:
+        for name, candidate in candidates.items():
+            samples[name].append(measure(candidate))
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def _on_cpu(now: Callable[[], float]) -> Callable[[Callable[[], object]], float]:
+    """Milliseconds of a call; a short one is repeated, because reading the clock is not free either."""
+    least = 0.5
+
+    def measure(candidate: Callable[[], object]) -> float:
+        repeats = 1
+        while True:
+            start = now()
+            for _ in range(repeats):
+                candidate()
+            spent = (now() - start) * 1e3
+            if spent >= least:
+                return spent / repeats
+            repeats = max(2 * repeats, int(repeats * least / max(spent, 1e-3)) + 1)
+
+    return measure
+
+
+def _on_gpu(device: str) -> Callable[[Callable[[], object]], float]:
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
+
+    def measure(candidate: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()  # also keeps the GPU busy while the host catches up, so that launches are not timed
+        start.record()
+        candidate()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return measure
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second of a copy of 256 MiB, read and written: the best of several."""
+    source = torch.ones(64 << 20, device=device)
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=0.3)["copy"]
+    return 2 * source.nbytes / (timing.low * 1e-3)
+
+
+def peak_memory(candidate: Callable[[], object], device: str) -> int:
+    """Bytes that tensors made by a call take at most, beside those that were there before."""
+    candidate()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        candidate()
+        return torch.cuda.max_memory_allocated() - before
+    with _silent(), torch.profiler.profile(profile_memory=True) as profiler:
+        candidate()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler reports its start and end on the standard error, from C++."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def describe_machine(device: str) -> dict[str, object]:
+    """The hardware and software that the numbers belong to."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    machine = {
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    machine |= {"torch": torch.__version__, "python": platform.python_version()}
+    if hasattr(os, "getloadavg"):
+        machine["load"] = round(os.getloadavg()[0], 1)
+    if device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    return machine
