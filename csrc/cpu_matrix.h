@@ -22,6 +22,17 @@ bool in_place(index_t width) {
     return std::is_same_v<S, T> && width % kLanes<T> == 0;
 }
 
+// Between the storage type and the type of accumulation, in either direction.
+template <class From, class To>
+void convert_row(const From* from, To* __restrict__ to, index_t width) {
+    if constexpr (std::is_same_v<From, To>)
+        std::memcpy(to, from, width * sizeof(To));
+    else if constexpr (std::is_same_v<To, accumulate_t<From>>)
+        for (index_t j = 0; j < width; ++j) to[j] = widen(from[j]);
+    else
+        for (index_t j = 0; j < width; ++j) to[j] = narrow<To>(from[j]);
+}
+
 // `count` rows starting at `from`; `scratch` holds count * padded(width) elements.
 template <class S, class T = accumulate_t<S>>
 Rows<T> read_rows(const S* from, index_t row, index_t count, index_t width, T* scratch) {
@@ -29,7 +40,7 @@ Rows<T> read_rows(const S* from, index_t row, index_t count, index_t width, T* s
         if (in_place<S>(width)) return {const_cast<T*>(from), row};
     const Rows<T> rows{scratch, padded<T>(width)};
     for (index_t i = 0; i < count; ++i) {
-        for (index_t j = 0; j < width; ++j) rows[i][j] = widen(from[i * row + j]);
+        convert_row(from + i * row, rows[i], width);
         for (index_t j = width; j < rows.row; ++j) rows[i][j] = 0;
     }
     return rows;
@@ -46,8 +57,7 @@ Rows<T> result_rows(S* to, index_t row, index_t width, T* scratch) {
 template <class S, class T = accumulate_t<S>>
 void write_rows(Rows<T> rows, S* to, index_t row, index_t count, index_t width) {
     if (static_cast<const void*>(rows.data) == static_cast<const void*>(to)) return;
-    for (index_t i = 0; i < count; ++i)
-        for (index_t j = 0; j < width; ++j) to[i * row + j] = narrow<S>(rows[i][j]);
+    for (index_t i = 0; i < count; ++i) convert_row(rows[i], to + i * row, width);
 }
 
 template <class T>

@@ -78,7 +78,7 @@ inline void draw_noise(uint64_t key, uint64_t offset, index_t sample, index_t gr
                 const uint64_t call = (sample * quads + quad) * all_tokens + first_token + token;
                 float (*rows)[kCalls] = noise + (4 * quad - group);
                 for (int i = 0; i < whole; i += kLanes<uint64_t>) draw_words(keys, offset, call + i, word, i);
-                for (int j = 0; j < 4; ++j)
+                for (int j = 0; j < smaller<index_t>(4, groups - 4 * quad); ++j)
                     for (int i = 0; i < whole; i += lanes) store(&rows[j][i], gumbel_of_words(&word[j][i]));
             }
             for (index_t i = 0; i < count; i += lanes) {

@@ -170,5 +170,9 @@ GVIT_INLINE Vector<double> exponential(Vector<double> x) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
     return x;
 }
+GVIT_INLINE Vector<double> logarithm(Vector<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log(x[i]);
+    return x;
+}
 
 }  // namespace gvit::GVIT_LEVEL

@@ -6,21 +6,20 @@ template <class S>
 class AssignBackward : AssignTile<S> {
     using Base = AssignTile<S>;
     using T = typename Base::T;
-    using Base::p, Base::groups_row, Base::logits, Base::memory, Base::tile;
+    using Base::p, Base::groups_row, Base::channels_row, Base::logits, Base::memory, Base::query, Base::tile;
 
-    const index_t channels_row = padded<T>(p.channels);
     T* const query_scratch = memory.template take<T>(p.groups * channels_row);
     T* const gradient_scratch = memory.template take<T>(p.groups * channels_row);
-    T* const gradient_t = memory.template take<T>(p.channels * groups_row);
+    T* const gradient_t = memory.template take<T>(Base::rows_only ? 0 : p.channels * groups_row);
     T* const output_scratch = memory.template take<T>(p.groups * channels_row);
     T* const value_scratch = memory.template take<T>(tile * channels_row);
     T* const token_scratch = memory.template take<T>(tile * channels_row);
     T* const d_assign = memory.template take<T>(tile * groups_row);
-    T* const grad_query = memory.template take<T>(p.groups * channels_row);
+    T* const grad_query_scratch = memory.template take<T>(p.groups * channels_row);
     T* const grad_bias = memory.template take<T>(groups_row);
     T* const output_dot = memory.template take<T>(groups_row);  // grad_output . output
     T* const inverse = memory.template take<T>(groups_row);     // 1 / (count + eps)
-    Rows<T> query{}, gradient{};
+    Rows<T> gradient{}, grad_query{};
 
   public:
     explicit AssignBackward(const AssignParams& params) : Base(params) {}
@@ -33,30 +32,30 @@ class AssignBackward : AssignTile<S> {
             Rows<T> values = this->keys;
             if (p.value.data != nullptr)
                 values = read_rows<S>(Base::at(p.value, sample, first), p.value.row, count, p.channels, value_scratch);
-            product<T>({values.data, values.row, 1}, gradient_t, groups_row, d_assign, groups_row, count, groups_row,
-                       p.channels, false);
+            this->multiply(values, gradient, gradient_t, count, d_assign);
             for (index_t token = 0; token < count; ++token)
                 differentiate(token, static_cast<const T*>(p.lse)[sample * p.tokens + first + token]);
             if (p.grad_bias != nullptr) add_column_sums<T>({logits, groups_row}, count, groups_row, grad_bias);
-            product<T>({logits, 1, groups_row}, this->keys.data, this->keys.row, grad_query, channels_row, p.groups,
-                       channels_row, count, true);
+            product<T>({logits, 1, groups_row}, this->keys.data, this->keys.row, grad_query.data, grad_query.row,
+                       p.groups, channels_row, count, first > 0);
             write_token_gradients(sample, first, count);
         }
-        for (index_t s = 0; s < p.groups; ++s) {
-            S* to = Base::at_result(p.grad_query, sample, s);
-            for (index_t c = 0; c < p.channels; ++c) to[c] = narrow<S>(grad_query[s * channels_row + c]);
-            if (p.grad_bias != nullptr) static_cast<S*>(p.grad_bias)[sample * p.groups + s] = narrow<S>(grad_bias[s]);
-        }
+        write_rows<S>(grad_query, Base::at_result(p.grad_query, sample, 0), p.grad_query.row, p.groups, p.channels);
+        for (index_t s = 0; p.grad_bias != nullptr && s < p.groups; ++s)
+            static_cast<S*>(p.grad_bias)[sample * p.groups + s] = narrow<S>(grad_bias[s]);
     }
 
   private:
     void start(index_t sample) {
-        query = read_rows<S>(Base::at(p.query, sample, 0), p.query.row, p.groups, p.channels, query_scratch);
         gradient =
             read_rows<S>(Base::at(p.grad_output, sample, 0), p.grad_output.row, p.groups, p.channels, gradient_scratch);
-        this->start_sample(sample, query);
-        transpose_rows<T>(gradient, p.groups, p.channels, gradient_t, groups_row);
-        std::memset(grad_query, 0, p.groups * channels_row * sizeof(T));
+        this->start_sample(
+            sample, read_rows<S>(Base::at(p.query, sample, 0), p.query.row, p.groups, p.channels, query_scratch));
+        if (!Base::rows_only) transpose_rows<T>(gradient, p.groups, p.channels, gradient_t, groups_row);
+        grad_query =
+            result_rows<S>(Base::at_result(p.grad_query, sample, 0), p.grad_query.row, p.channels, grad_query_scratch);
+        if (p.tokens == 0)
+            for (index_t s = 0; s < p.groups; ++s) std::memset(grad_query[s], 0, channels_row * sizeof(T));
         std::memset(grad_bias, 0, groups_row * sizeof(T));
         for (index_t s = 0; s < groups_row; ++s) output_dot[s] = inverse[s] = 0;
         const Rows<T> output =

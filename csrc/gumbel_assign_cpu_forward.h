@@ -17,13 +17,14 @@ template <class S>
 class AssignForward : AssignTile<S> {
     using Base = AssignTile<S>;
     using T = typename Base::T;
-    using Base::p, Base::groups_row, Base::logits, Base::memory, Base::tile;
+    using Base::p, Base::groups_row, Base::channels_row, Base::logits, Base::memory, Base::tile;
 
-    const index_t channels_row = padded<T>(p.channels);
     T* const query_scratch = memory.template take<T>(p.groups * channels_row);
     T* const value_scratch = memory.template take<T>(p.value.data != nullptr ? tile * channels_row : 0);
     T* const sums = memory.template take<T>(p.groups * channels_row);
     T* const counts = memory.template take<T>(groups_row);
+    T* const maxima = memory.template take<T>(tile + kLanes<T>);
+    T* const totals = memory.template take<T>(tile + kLanes<T>);  // sum of e^(z - maximum) over the groups
     T* const soft = memory.template take<T>(p.hard ? 0 : tile * groups_row);
     bool improper = false;  // some token of this sample has no proper softmax
 
@@ -42,10 +43,13 @@ class AssignForward : AssignTile<S> {
             Rows<T> values = this->keys;
             if (p.value.data != nullptr)
                 values = read_rows<S>(Base::at(p.value, sample, first), p.value.row, count, p.channels, value_scratch);
+            const index_t flat_token = sample * p.tokens + first;
             for (index_t token = 0; token < count; ++token) {
-                const index_t winner = assign(token, sample * p.tokens + first + token);
+                const index_t winner = assign(token);
+                p.index[flat_token + token] = winner;
                 if (p.hard) add_to_group(winner, values[token]);
             }
+            write_lse(static_cast<T*>(p.lse) + flat_token, count);
             if (p.hard) continue;
             add_column_sums<T>({soft, groups_row}, count, groups_row, counts);
             product<T>({soft, 1, groups_row}, values.data, values.row, sums, channels_row, p.groups, channels_row,
@@ -55,8 +59,8 @@ class AssignForward : AssignTile<S> {
     }
 
   private:
-    // Softmax over groups of one token: stores index and lse, counts it, fills its row of `soft`.
-    GVIT_INLINE index_t assign(index_t token, index_t flat_token) {
+    // Softmax over groups of one token: returns its winner, counts it, fills its row of `soft`.
+    GVIT_INLINE index_t assign(index_t token) {
         constexpr int lanes = kLanes<T>;
         T* row = logits + token * groups_row;
         T* soft_row = soft + token * groups_row;
@@ -84,8 +88,8 @@ class AssignForward : AssignTile<S> {
             winner = first_largest(row, p.groups);
             improper = true;
         }
-        p.index[flat_token] = winner;
-        static_cast<T*>(p.lse)[flat_token] = maximum + std::log(total);
+        maxima[token] = maximum;
+        totals[token] = total;
         if (p.hard) {
             counts[winner] += 1;
         } else {
@@ -95,6 +99,14 @@ class AssignForward : AssignTile<S> {
             }
         }
         return winner;
+    }
+
+    void write_lse(T* lse, index_t count) {
+        for (index_t i = 0; i < count; i += kLanes<T>) {
+            const Vector<T> total = load(totals + i);
+            store(totals + i, load(maxima + i) + (total == total ? logarithm(total) : total));
+        }
+        std::memcpy(lse, totals, count * sizeof(T));
     }
 
     GVIT_INLINE void add_to_group(index_t group, const T* value) {

@@ -24,22 +24,26 @@ struct AssignTile {
     using T = accumulate_t<S>;
 
     const AssignParams& p;
-    const index_t groups_row, tile;
+    const index_t groups_row, channels_row, tile;
     const index_t noise_row;
+    const bool rows_only;  // products of rows with rows, nothing transposed
     Workspace memory;
     T *query_t, *bias, *logits, *key_scratch;
     float* noise;
-    Rows<T> keys{};
+    Rows<T> query{}, keys{};
 
     explicit AssignTile(const AssignParams& params)
         : p(params),
           groups_row(padded<T>(params.groups)),
+          channels_row(padded<T>(params.channels)),
           tile(tile_of_tokens(params.tokens, params.channels, params.groups)),
-          noise_row(round_up<index_t>(groups_row, 16)) {
-        query_t = memory.take<T>(p.channels * groups_row);
+          noise_row(round_up<index_t>(groups_row, 16)),
+          rows_only(by_rows<T>(params.tokens, params.groups, params.channels)) {
+        query_t = memory.take<T>(rows_only ? 0 : p.channels * groups_row);
         bias = memory.take<T>(groups_row);
         logits = memory.take<T>(tile * groups_row);
-        key_scratch = memory.take<T>(tile * padded<T>(p.channels));
+        std::memset(logits, 0, tile * groups_row * sizeof(T));
+        key_scratch = memory.take<T>(in_place<S>(p.channels) ? 0 : tile * channels_row);
         noise = memory.take<float>(tile * noise_row);
         std::memset(noise, 0, tile * noise_row * sizeof(float));
     }
@@ -51,19 +55,26 @@ struct AssignTile {
         return static_cast<S*>(m.data) + sample * m.batch + row * m.row;
     }
 
-    void start_sample(index_t sample, Rows<T> query) {
-        transpose_rows<T>(query, p.groups, p.channels, query_t, groups_row);
+    void start_sample(index_t sample, Rows<T> query_rows) {
+        query = query_rows;
+        if (!rows_only) transpose_rows<T>(query, p.groups, p.channels, query_t, groups_row);
         for (index_t s = 0; s < groups_row; ++s) {
             const bool given = p.bias != nullptr && s < p.groups;
             bias[s] = given ? widen(static_cast<const S*>(p.bias)[sample * p.groups + s]) : T(0);
         }
     }
 
+    // to[token][group] = rows . others, of which `transposed` is the transpose.
+    void multiply(Rows<T> rows, Rows<T> others, const T* transposed, index_t count, T* to) const {
+        if (rows_only) return product_of_rows<T>(rows, others, to, groups_row, count, p.groups, channels_row);
+        product<T>({rows.data, rows.row, 1}, transposed, groups_row, to, groups_row, count, groups_row, p.channels,
+                   false);
+    }
+
     // keys and logits (dot products only) of tokens first .. + count, and their noise.
     void load_tile(index_t sample, index_t first, index_t count) {
         keys = read_rows<S>(at(p.key, sample, first), p.key.row, count, p.channels, key_scratch);
-        product<T>({keys.data, keys.row, 1}, query_t, groups_row, logits, groups_row, count, groups_row, p.channels,
-                   false);
+        multiply(keys, query, query_t, count, logits);
         if (p.noise_key == nullptr) return;
         draw_noise(p.noise_key[0], p.noise_key[1], sample, p.groups, p.tokens, first, count, noise, noise_row);
     }
