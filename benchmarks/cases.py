@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupvit_fast import ops
+from groupvit_fast.console import UserError
 from groupvit_fast.ops import reference
 
 
@@ -45,7 +46,7 @@ def check_equal(name: str, result: Tensor, wanted: Tensor, tolerance: float) -> 
     error = (result.double() - wanted.double()).abs().max().item() if result.numel() else 0.0
     largest = wanted.abs().max().item() if result.numel() else 0.0
     if not error <= tolerance * max(largest, 1e-30):
-        raise AssertionError(f"{name}: error {error:.3g}, allowed {tolerance * largest:.3g}")
+        raise UserError(f"{name}: error {error:.3g}, allowed {tolerance * largest:.3g}")
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -131,7 +132,7 @@ def _check_assign(query: Tensor, key: Tensor, noise_key: Tensor, gradient: Tenso
     (own_index, *own), (index, *wanted) = results
     same = (own_index == index).all(dim=1)
     if (own_index != index).double().mean() > 1e-4:
-        raise AssertionError("gumbel_assign: the indices differ from those of the reference")
+        raise UserError("gumbel_assign: the indices differ from those of the reference")
     for name, one, other in zip(("output", "query", "key"), own, wanted, strict=True):
         check_equal(f"gumbel_assign {name}", one[same], other[same], 5 * tolerance_of(query.dtype))
 
@@ -173,7 +174,7 @@ def decode_case(
     def check() -> None:
         differing = (ours() != wanted).double().mean().item()
         if differing > 1e-4:
-            raise AssertionError(f"decode_masks: {differing:.2%} of the labels differ")
+            raise UserError(f"decode_masks: {differing:.2%} of the labels differ")
 
     return Case(
         operator="decode_masks",

@@ -27,26 +27,33 @@ def check_tensors(*arguments: tuple[str, Tensor | None, str]) -> dict[str, int]:
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        wanted = f"[{', '.join(letters)}]"
-        if tensor.dim() != len(letters):
-            raise ValueError(f"{name} must be {wanted}, got shape {list(tensor.shape)}")
-        for letter, size in zip(letters, tensor.shape, strict=True):
-            if letter in sizes and sizes[letter] != size:
-                raise ValueError(
-                    f"{name} must be {wanted} with {letter} = {sizes[letter]} as in {owner[letter]}, "
-                    f"got shape {list(tensor.shape)}"
-                )
-            sizes.setdefault(letter, size)
-            owner.setdefault(letter, name)
-        if tensor.dtype not in FLOATING:
-            raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.dtype != first.dtype:
+        shape = tensor.shape
+        if len(shape) != len(letters):
+            raise ValueError(f"{name} must be {_form(letters)}, got shape {list(shape)}")
+        for letter, size in zip(letters, shape, strict=True):
+            if letter not in sizes:
+                sizes[letter], owner[letter] = size, name
+            elif sizes[letter] != size:
+                wanted = f"{_form(letters)} with {letter} = {sizes[letter]} as in {owner[letter]}"
+                raise ValueError(f"{name} must be {wanted}, got shape {list(shape)}")
+        if tensor is first:
+            _check_floating(name, tensor)
+        elif tensor.dtype != first.dtype:
+            _check_floating(name, tensor)
             raise ValueError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}"
-            )
+        elif tensor.device != first.device:
+            wanted = f"on the device of {first_name}, {first.device}"
+            raise ValueError(f"{name} must be {wanted}, got {tensor.device}")
     return sizes
+
+
+def _form(letters: str) -> str:
+    return f"[{', '.join(letters)}]"
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
 def check_at_least_one(name: str, letter: str, sizes: dict[str, int]) -> None:

@@ -29,7 +29,7 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float |
     scale = check_number("scale", sizes["D"] ** -0.5 if scale is None else scale)
     if not registration.runs_native(query):
         return reference.group_attention(query, key, value, scale=scale)
-    return torch.ops.groupvit_fast.group_attention_forward(query, key, value, scale)[0]
+    return torch.ops.groupvit_fast.group_attention_forward.default(query, key, value, scale)[0]
 
 
 def _register() -> None:
@@ -69,7 +69,9 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad_output, _):
     if grad_output is None:
         return None, None, None, None
-    gradients = torch.ops.groupvit_fast.group_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale)
+    gradients = torch.ops.groupvit_fast.group_attention_backward.default(
+        grad_output, *ctx.saved_tensors, ctx.scale
+    )
     return *gradients, None
 
 

@@ -60,7 +60,7 @@ def gumbel_assign(
             query, key, value, bias=bias, scale=scale, tau=tau, hard=bool(hard), noise_key=noise_key, eps=eps
         )
     own_value = None if value is key else value
-    output, index, count, _ = torch.ops.groupvit_fast.gumbel_assign_forward(
+    output, index, count, _ = torch.ops.groupvit_fast.gumbel_assign_forward.default(
         query, key, own_value, bias, noise_key, scale, tau, eps, bool(hard)
     )
     return Assignment(output, index, count)
@@ -147,7 +147,7 @@ def _backward(ctx, grad_output, *_):
     if grad_output is None:
         return (None,) * 9
     query, key, value, bias, *rest = ctx.saved_tensors
-    grad_query, grad_key, grad_value, grad_bias = torch.ops.groupvit_fast.gumbel_assign_backward(
+    grad_query, grad_key, grad_value, grad_bias = torch.ops.groupvit_fast.gumbel_assign_backward.default(
         grad_output, query, key, value, bias, *rest, *ctx.constants
     )
     grad_value = None if value is None else grad_value

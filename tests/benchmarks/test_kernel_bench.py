@@ -1,0 +1,77 @@
+"""The kernel benchmark: a table, a JSON file, and no number for a kernel that is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from groupvit_fast import ops
+from groupvit_fast.console import run_command
+from groupvit_fast.ops import library
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import cases
+import kernel_bench
+import stopwatch
+
+pytestmark = pytest.mark.skipif(not library.HAS_CPU, reason="nothing was compiled")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    def small_cases(device, dtype, *, full):
+        return [
+            lambda: cases.attention_case(2, 2, 8, 30, 16, device, dtype),
+            lambda: cases.assign_case(2, 8, 30, 32, device, dtype),
+            lambda: cases.upsample_case(2, 4, 7, 20, device, dtype),
+            lambda: cases.decode_case(1, 5, (7, 7), (20, 20), device, dtype),
+        ]
+
+    monkeypatch.setattr(kernel_bench, "official_cases", small_cases)
+    monkeypatch.setattr(stopwatch, "copy_bandwidth", lambda device: 1e10)
+
+
+def test_every_operator_gets_a_row_per_pass(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert run_command(kernel_bench.main, ["--device", "cpu", "--seconds", "0", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    named = [(row["operator"], row["pass"]) for row in rows]
+    both = ("forward", "forward+backward")
+    wanted = [(name, p) for name in ("group_attention", "gumbel_assign", "upsample_masks") for p in both]
+    assert named == [*wanted, ("decode_masks", "forward")]
+    table = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in table[-len(rows) :]}) == 1  # aligned
+    for row in rows:
+        assert row["ms"]["ours"]["low"] <= row["ms"]["ours"]["median"] <= row["ms"]["ours"]["high"]
+        assert row["speedup"]["eager"] == pytest.approx(
+            row["ms"]["eager"]["median"] / row["ms"]["ours"]["median"]
+        )
+        assert row["bytes"] > 0
+        assert row["peak_bytes"]["eager"] > 0
+
+
+def test_a_wrong_kernel_is_an_error_not_a_number(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    right = ops.group_attention
+    monkeypatch.setattr(ops, "group_attention", lambda *tensors: right(*tensors) * 1.001)
+    arguments = ["--device", "cpu", "--seconds", "0", "--only", "attention", "--json", str(path)]
+    assert run_command(kernel_bench.main, arguments) == 1
+    assert "error: group_attention output: error" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_bytes_are_those_of_the_tensors():
+    case = cases.assign_case(2, 8, 30, 32, "cpu", torch.float32)
+    tensors = 2 * 8 * 32 + 2 * 30 * 32  # query, key
+    assert case.forward_bytes() == 4 * (tensors + 2 * 8 * 32 + 2 * 8) + 8 * 2 * 30
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    values = torch.zeros(1 << 18)
+    peak = stopwatch.peak_memory(lambda: (values + 1) * 2, "cpu")
+    assert peak == pytest.approx(2 * values.nbytes, rel=0.01)
