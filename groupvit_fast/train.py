@@ -161,8 +161,8 @@ def _as_saved(config: TrainConfig, dtype: str) -> TrainConfig:
 def _set_up_torch(config: TrainConfig, device: str) -> None:
     if config.compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler at run time: install g++ or leave --compile out")
-    # A sharp softmax has denormal gradients, which some CPUs compute with slowly. Set before the first parallel
-    # region: torch's worker threads inherit it.
+    # A sharp softmax has denormal gradients, which some CPUs compute with slowly. Set before the first
+    # parallel region: torch's worker threads inherit it.
     torch.set_flush_denormal(True)
     if device == "cuda" and config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
