@@ -36,9 +36,10 @@ from groupvit_fast.segmentation import (
 from groupvit_fast.segmentation.evaluation import examples_picture
 from groupvit_fast.segmentation.pictures import save_atomically
 from groupvit_fast.training import checkpoint, distributed, options
+from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import World
 from groupvit_fast.training.precision import choose_dtype
-from groupvit_fast.training.recipes import TrainConfig, model_config
+from groupvit_fast.training.recipes import model_config
 from groupvit_fast.training.sources import open_loader, shapes_folder
 from groupvit_fast.training.trainer import Trainer
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import sum_over_processes
-from groupvit_fast.training.recipes import TrainConfig
 
 FIRST_LOSS_SCALE = 2.0**16
 LOSS_SCALE_PATIENCE = 2000

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import yaml
 
 from groupvit_fast.console import UserError
-from groupvit_fast.training.recipes import GROUPS, RECIPES, TrainConfig, recipe
+from groupvit_fast.training.config import GROUPS, TrainConfig
+from groupvit_fast.training.recipes import RECIPES, recipe
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)

@@ -13,8 +13,8 @@ from groupvit_fast.console import UserError
 from groupvit_fast.data import shapes
 from groupvit_fast.data.pipeline import TrainLoader
 from groupvit_fast.model.presets import ModelConfig
+from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import World, barrier
-from groupvit_fast.training.recipes import TrainConfig
 
 
 def open_loader(

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from groupvit_fast.console import UserError, write_json
 from groupvit_fast.model.groupvit import GroupViT, TrainingOutput
 from groupvit_fast.training import checkpoint
+from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import StopAgreement, World, from_main, on_main
 from groupvit_fast.training.interruption import Interruption
 from groupvit_fast.training.losses import contrastive_loss, multi_label_loss, similarity_scale, text_labels
 from groupvit_fast.training.metrics import Clock, MetricsFile, ProgressLine, RunningMeans
 from groupvit_fast.training.optim import GuardedAdamW, Schedule
 from groupvit_fast.training.precision import DTYPES, autocast
-from groupvit_fast.training.recipes import TrainConfig
 
 PARTS = ("loss", "contrastive", "multi_label", "grad_norm", "groups_in_use")
 """What is averaged on the device between two lines of metrics.jsonl."""

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.optim import FIRST_LOSS_SCALE, GuardedAdamW, Schedule, parameter_groups
-from groupvit_fast.training.recipes import TrainConfig, groupvit_gcc_yfcc
+from groupvit_fast.training.recipes import groupvit_gcc_yfcc
 
 CONFIG = TrainConfig(clip_grad=0.5, weight_decay=0.1)
 

@@ -11,7 +11,8 @@ import yaml
 
 from groupvit_fast.console import UserError
 from groupvit_fast.training import options
-from groupvit_fast.training.recipes import GROUPS, RECIPES, TrainConfig, model_config, recipe
+from groupvit_fast.training.config import GROUPS, TrainConfig
+from groupvit_fast.training.recipes import RECIPES, model_config, recipe
 
 
 def resolve(*argv, saved=None):

@@ -14,7 +14,7 @@ from groupvit_fast.console import UserError
 from groupvit_fast.model.groupvit import create_model
 from groupvit_fast.model.presets import ImageConfig, ModelConfig, TextConfig
 from groupvit_fast.training import checkpoint
-from groupvit_fast.training.recipes import TrainConfig
+from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.trainer import Trainer, mix
 
 MODEL = ModelConfig(

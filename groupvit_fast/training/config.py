@@ -1,0 +1,166 @@
+"""What a training run can be told.
+
+`TrainConfig` is the only list of training options: the command line, YAML files and `--help` are made
+from its fields.
+"""
+
+# ruff: noqa: RUF009 (`option` is `dataclasses.field` with two arguments filled in)
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from groupvit_fast.console import UserError
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str = "") -> Any:
+    """A field of `TrainConfig` that documents itself."""
+    metadata = {"help": help, "choices": choices, "metavar": metavar}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=type(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a training run; `GROUPS` says under which heading `--help` shows each."""
+
+    preset: str = option("tiny", "recipe to start from", metavar="NAME")
+    model: dict = option({}, "change the model, for example image.tau=0.5 (repeatable)", metavar="KEY=VALUE")
+
+    data: list[str] = option(
+        [], "webdataset shards: a path, folder or brace pattern (repeatable)", metavar="SHARDS"
+    )
+    data_root: Path | None = option(
+        None, "where the built-in shapes dataset is kept (default: user cache)", metavar="DIR"
+    )
+    shapes_train: int = option(12_000, "scenes to draw for training when no --data is given")
+    shapes_val: int = option(200, "held-out scenes with exact masks")
+    shapes_seed: int = option(0, "seed of the drawn scenes, apart from --seed")
+    min_crop: float = option(0.08, "smallest share of an image's area that a training crop keeps")
+    flip: bool = option(True, "mirror half of the training images")
+    prompt_templates: str = option("clip", "sentences around the nouns of prompts", choices=("clip", "noun"))
+    noun_tags: str = option(
+        "official", "words that count as nouns; official: verbs too", choices=("official", "nouns")
+    )
+    prompt_fill: str = option(
+        "caption", "what fills the prompts of a caption with few nouns", choices=("caption", "noun")
+    )
+    workers: int | None = option(None, "data threads (default: by the number of cores)")
+
+    steps: int | None = option(None, "optimiser steps")
+    epochs: float | None = option(None, "passes over the data, instead of --steps")
+    batch_size: int = option(256, "image-caption pairs a step and process")
+
+    lr: float = option(1.6e-3, "peak learning rate at a global batch of --lr-batch pairs")
+    lr_batch: int | None = option(None, "global batch that the rates are stated for; none: used as they are")
+    min_lr: float = option(4e-5, "learning rate at the end of the cosine")
+    warmup_lr: float = option(4e-6, "learning rate of the first step")
+    warmup_steps: int | None = option(None, "steps of linear warm-up")
+    warmup_epochs: float = option(0.0, "the same in passes over the data, if --warmup-steps is not given")
+    weight_decay: float = option(0.05, "decay of all parameters but biases and 1-D ones")
+    beta1: float = option(0.9, "AdamW's first moment")
+    beta2: float = option(0.999, "AdamW's second moment")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    clip_grad: float = option(5.0, "largest gradient norm; 0 switches clipping off")
+
+    multi_label: int = option(0, "single-noun prompts an image for the multi-label loss; 0: none")
+    contrastive_weight: float = option(1.0, "weight of the image-caption loss")
+    multi_label_weight: float = option(1.0, "weight of the multi-label loss")
+    multi_label_match: str = option(
+        "image",
+        "what a prompt is compared with: the mean of an image's groups (the paper), or its best group",
+        choices=("image", "group"),
+    )
+    merge_captions: bool = option(False, "treat equal captions in a batch as one label")
+    gumbel: bool = option(True, "Gumbel noise on the group assignment while training")
+
+    amp: bool = option(False, "mixed precision; weights, norms, softmax and losses stay float32")
+    amp_dtype: str = option(
+        "auto",
+        "type of --amp; auto: bf16, but float32 on a CPU where bf16 is not faster",
+        choices=("auto", "bf16", "fp16", "float32"),
+    )
+    compile: bool = option(False, "compile the model with torch.compile (needs a C++ compiler at run time)")
+    deterministic: bool = option(True, "on a GPU: kernels that give the same bits every time")
+    max_bad_steps: int = option(10, "give up after so many steps in a row with a non-finite loss or gradient")
+
+    eval_data: Path | None = option(
+        None,
+        "folder of labelled held-out images (default: those of shapes, else no evaluation)",
+        metavar="DIR",
+    )
+    eval_dataset: str = option(
+        "voc-folder", "layout and classes of --eval-data, as of groupvit_fast.evaluate"
+    )
+    eval_protocol: str | None = option(
+        None, "evaluation protocol (default: shapes for models below 128 px, else official)"
+    )
+    eval_background_threshold: float | None = option(None, "score below which a pixel is background")
+    eval_every: int | None = option(None, "evaluate every so many steps, besides before and after")
+    save_every: int = option(500, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints to keep")
+    log_every: int = option(20, "steps between lines of metrics.jsonl")
+
+    output: Path | None = option(None, "run folder (default: runs/<preset>-<date-time>)", metavar="DIR")
+    resume: str | None = option(
+        None,
+        "continue: auto (newest checkpoint in --output, if any), a run or a step folder",
+        metavar="auto|DIR",
+    )
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    seed: int = option(0, "seed of weights, data order, crops, prompts and noise")
+    json: Path | None = option(None, "also write the result as JSON to FILE", metavar="FILE")
+    quiet: bool = option(False, "print only errors and the final result")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "save_every",
+            "keep_checkpoints",
+            "log_every",
+            "max_bad_steps",
+            "shapes_train",
+            "shapes_val",
+        ):
+            _require(getattr(self, name) >= 1, self, name, "1 or more")
+        for name in ("steps", "epochs", "eval_every", "workers", "lr_batch"):
+            _require(getattr(self, name) is None or getattr(self, name) > 0, self, name, "more than 0")
+        for name in (
+            "min_lr",
+            "warmup_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "clip_grad",
+            "multi_label",
+            "contrastive_weight",
+            "multi_label_weight",
+            "seed",
+        ):
+            _require(getattr(self, name) >= 0, self, name, "0 or more")
+        _require(self.lr > 0, self, "lr", "more than 0")
+        _require(0 < self.min_crop <= 1, self, "min_crop", "in (0, 1]")
+        _require(0 <= self.beta1 < 1, self, "beta1", "in [0, 1)")
+        _require(0 <= self.beta2 < 1, self, "beta2", "in [0, 1)")
+
+
+GROUPS: dict[str, tuple[str, str]] = {
+    "what is trained": ("preset", "model"),
+    "data": ("data", "workers"),
+    "length": ("steps", "batch_size"),
+    "optimiser": ("lr", "clip_grad"),
+    "losses": ("multi_label", "gumbel"),
+    "precision and safety": ("amp", "max_bad_steps"),
+    "evaluation, checkpoints, metrics": ("eval_data", "log_every"),
+    "run": ("output", "quiet"),
+}
+"""Heading -> first and last field shown under it."""
+
+
+def _require(holds: bool, config: TrainConfig, name: str, wanted: str) -> None:
+    if not holds:
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{flag} is {getattr(config, name)}, but it must be {wanted}")
