@@ -9,6 +9,7 @@
 // for every level; plain C++ compiles them for any processor, with 16-byte vectors.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

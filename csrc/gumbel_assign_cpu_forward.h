@@ -34,7 +34,6 @@ class AssignForward : AssignTile<S> {
     void run(index_t sample) {
         this->start_sample(
             sample, read_rows<S>(Base::at(p.query, sample, 0), p.query.row, p.groups, p.channels, query_scratch));
-        std::memset(sums, 0, p.groups * channels_row * sizeof(T));
         std::memset(counts, 0, groups_row * sizeof(T));
         improper = false;
         for (index_t first = 0; first < p.tokens; first += tile) {
@@ -53,13 +52,13 @@ class AssignForward : AssignTile<S> {
             if (p.hard) continue;
             add_column_sums<T>({soft, groups_row}, count, groups_row, counts);
             product<T>({soft, 1, groups_row}, values.data, values.row, sums, channels_row, p.groups, channels_row,
-                       count, true);
+                       count, first > 0);
         }
         finish(sample);
     }
 
   private:
-    // Softmax over groups of one token: returns its winner, counts it, fills its row of `soft`.
+    // Softmax over groups of one token: returns its winner, fills its row of `soft`.
     GVIT_INLINE index_t assign(index_t token) {
         constexpr int lanes = kLanes<T>;
         T* row = logits + token * groups_row;
@@ -90,13 +89,9 @@ class AssignForward : AssignTile<S> {
         }
         maxima[token] = maximum;
         totals[token] = total;
-        if (p.hard) {
-            counts[winner] += 1;
-        } else {
+        if (!p.hard) {
             const T inverse = 1 / total;
-            for (index_t s = 0; s < groups_row; s += lanes) {
-                store(soft_row + s, load(soft_row + s) * inverse);
-            }
+            for (index_t s = 0; s < groups_row; s += lanes) store(soft_row + s, load(soft_row + s) * inverse);
         }
         return winner;
     }
@@ -109,9 +104,14 @@ class AssignForward : AssignTile<S> {
         std::memcpy(lse, totals, count * sizeof(T));
     }
 
+    // The first token of a group is copied, so that the sums need no zeros.
     GVIT_INLINE void add_to_group(index_t group, const T* value) {
         T* sum = sums + group * channels_row;
-        for (index_t c = 0; c < channels_row; c += kLanes<T>) store(sum + c, load(sum + c) + load(value + c));
+        if (counts[group] == 0)
+            std::memcpy(sum, value, channels_row * sizeof(T));
+        else
+            for (index_t c = 0; c < channels_row; c += kLanes<T>) store(sum + c, load(sum + c) + load(value + c));
+        counts[group] += 1;
     }
 
     void finish(index_t sample) {
@@ -120,9 +120,13 @@ class AssignForward : AssignTile<S> {
         for (index_t s = 0; s < p.groups; ++s) {
             count[s] = improper ? nan : counts[s];
             const T inverse = 1 / (count[s] + static_cast<T>(p.eps));
+            const bool empty = p.hard ? counts[s] == 0 : p.tokens == 0;
             S* to = Base::at_result(p.output, sample, s);
             const T* sum = sums + s * channels_row;
-            for (index_t c = 0; c < p.channels; ++c) to[c] = narrow<S>(sum[c] * inverse);
+            if (empty)
+                std::fill(to, to + p.channels, narrow<S>(T(0) * inverse));  // NaN without eps
+            else
+                for (index_t c = 0; c < p.channels; ++c) to[c] = narrow<S>(sum[c] * inverse);
         }
     }
 };
