@@ -48,6 +48,11 @@ def _image_pipeline(source: Callable[[], DecodeInput], image_size: int, decoder_
     pixels = fn.resize(
         pixels, resize_x=image_size, resize_y=image_size, interp_type=types.INTERP_LINEAR, antialias=True
     )
+    return normalized(pixels, mirror)
+
+
+def normalized(pixels, mirror=0):
+    """uint8 HWC to float32 CHW with ImageNet mean and standard deviation, mirrored where `mirror` is 1."""
     return fn.crop_mirror_normalize(
         pixels,
         mirror=mirror,
@@ -56,6 +61,17 @@ def _image_pipeline(source: Callable[[], DecodeInput], image_size: int, decoder_
         mean=[255 * value for value in IMAGENET_MEAN],
         std=[255 * value for value in IMAGENET_STD],
     )
+
+
+def to_torch(pixels, device: torch.device) -> torch.Tensor:
+    """A pipeline's output as a tensor that nobody else writes to."""
+    pixels = torch.from_dlpack(pixels.as_tensor())
+    if device.type == "cuda":
+        # A copy owned by torch's allocator, complete before DALI's buffer goes back: DALI would reuse it
+        # without asking the training stream.
+        pixels = pixels.clone()
+        torch.cuda.current_stream(device).synchronize()
+    return pixels
 
 
 class ImageDecoder:
@@ -90,13 +106,7 @@ class ImageDecoder:
         Raises RuntimeError when any image of the batch cannot be decoded; it is unusable after that.
         """
         (pixels,) = self._pipeline.run()
-        pixels = torch.from_dlpack(pixels.as_tensor())
-        if self.device.type == "cuda":
-            # A copy owned by torch's allocator, complete before DALI's buffer goes back: DALI would reuse it
-            # without asking the training stream.
-            pixels = pixels.clone()
-            torch.cuda.current_stream(self.device).synchronize()
-        return pixels
+        return to_torch(pixels, self.device)
 
 
 def undecodable(encoded: Sequence[np.ndarray], device: torch.device) -> list[int]:
