@@ -13,15 +13,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import stopwatch
 import sweep
 import torch
 from cases import Case, official_cases
+from machine import Row, describe, one_line, timing_rows, write_result
 
 from groupvit_fast import ops
-from groupvit_fast.console import UserError, resolve_device, run_command, write_json
+from groupvit_fast.console import UserError, resolve_device, run_command
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PASSES = ("forward", "forward+backward")
@@ -43,41 +43,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--clock", choices=stopwatch.CLOCKS, default="wall", help="cpu: of this process alone"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows as JSON to FILE")
-    parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="bar chart of the speed-ups (needs matplotlib)"
-    )
     return parser.parse_args(argv)
 
 
 def measure(
     case: Case, device: str, bandwidth: float, *, compiled: bool, seconds: float, clock: str
-) -> list[dict[str, Any]]:
-    """Check, then time: one row per pass."""
+) -> list[list[Row]]:
+    """Check, then time: for each pass the rows of its contenders."""
     case.check()
     forward = dict(case.candidates)
     if compiled and case.compilable is not None:
         forward = {"eager": forward.pop("eager"), "compile": torch.compile(case.compilable), **forward}
-    rows = []
+    passes = []
     for name in PASSES if case.leaves else PASSES[:1]:
         both = name != "forward"
         candidates = {k: case.with_backward(c) if both else c for k, c in forward.items()}
         timings = stopwatch.interleaved(candidates, device, seconds=seconds, clock=clock)
         moved = case.forward_bytes() + (case.backward_bytes() if both else 0)
-        own = timings["ours"].median
-        rows.append(
-            {
-                "operator": case.operator,
-                "shape": case.shape,
-                "pass": name,
-                "ms": {k: vars(t) for k, t in timings.items()},
-                "speedup": {k: t.median / own for k, t in timings.items() if k != "ours"},
-                "bytes": moved,
-                "floor_ms": moved / bandwidth * 1e3,
-                "percent_of_copy": 100 * moved / bandwidth / (own * 1e-3),
-                "peak_bytes": {k: stopwatch.peak_memory(candidates[k], device) for k in ("eager", "ours")},
-            }
+        floor = moved / bandwidth
+        passes.append(
+            timing_rows(
+                f"{case.operator} {name}",
+                case.shape,
+                timings,
+                bytes=moved,
+                floor_s=floor,
+                percent_of_copy={k: 100 * floor / (t.median * 1e-3) for k, t in timings.items()},
+                peak_bytes={k: stopwatch.peak_memory(candidates[k], device) for k in ("eager", "ours")},
+            )
         )
-    return rows
+    return passes
 
 
 HEADER = (
@@ -86,38 +81,22 @@ HEADER = (
 )
 
 
-def line(row: dict[str, Any]) -> str:
-    """One aligned line of the table."""
-    ms, own = row["ms"], row["ms"]["ours"]
-    others = {name: t["median"] for name, t in ms.items() if name not in ("eager", "ours")}
-    best = min(others, key=others.get) if others else None
-    other = f"{others[best]:.3f} {best:<7}" if best else "-"
-    gain = f"{row['speedup'][best]:.2f}" if best else "-"
-    peaks = [row["peak_bytes"][name] / 2**20 for name in ("eager", "ours")]
-    spread = f"{own['low']:.3f}-{own['high']:.3f}"
-    short = "fwd" if row["pass"] == "forward" else "fwd+bwd"
+def line(rows: list[Row]) -> str:
+    """One aligned line of the table from the contenders of a case."""
+    found = {row["contender"]: row for row in rows}
+    eager, own = found.pop("eager"), found.pop("ours")
+    best = min(found.values(), key=lambda row: row["median_s"], default=None)
+    other = f"{best['median_s'] * 1e3:.3f} {best['contender']:<7}" if best else "-"
+    gain = f"{best['ratio']:.2f}" if best else "-"
+    peaks = [row["peak_bytes"] / 2**20 for row in (eager, own)]
+    spread = f"{own['p10_s'] * 1e3:.3f}-{own['p90_s'] * 1e3:.3f}"
+    operator, _, direction = own["name"].partition(" ")
+    short = "fwd" if direction == "forward" else "fwd+bwd"
     return (
-        f"{row['operator']:<16}{row['shape']:<24}{short:<9}{ms['eager']['median']:>10.3f}{other:>17}"
-        f"{own['median']:>10.3f}{spread:>16}{row['speedup']['eager']:>9.2f}{gain:>9}"
-        f"{row['percent_of_copy']:>8.1f}{peaks[0]:>13.2f}{peaks[1]:>9.2f}"
+        f"{operator:<16}{own['case']:<24}{short:<9}{eager['median_s'] * 1e3:>10.3f}{other:>17}"
+        f"{own['median_s'] * 1e3:>10.3f}{spread:>16}{eager['ratio']:>9.2f}{gain:>9}"
+        f"{own['percent_of_copy']:>8.1f}{peaks[0]:>13.2f}{peaks[1]:>9.2f}"
     )
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars: how many times faster than plain PyTorch."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    labels = [f"{row['operator']} {row['shape']}\n{row['pass']}" for row in rows]
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1), layout="constrained")
-    bars = axes.barh(labels, [row["speedup"]["eager"] for row in rows])
-    axes.bar_label(bars, fmt="%.1f x", padding=3)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times faster than plain PyTorch")
-    axes.invert_yaxis()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,30 +110,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             "no compiled operators here, so there is nothing to compare; build with pip install -e ."
         )
     torch.manual_seed(0)
-    machine = stopwatch.describe_machine(device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(one_line(describe(device)))
     if arguments.sweep:
-        return sweep.run(device, dtype, machine, arguments.json, arguments.clock)
+        return sweep.run(device, dtype, arguments.json, arguments.clock)
     bandwidth = stopwatch.copy_bandwidth(device)
     bandwidth_text = f"copy bandwidth {bandwidth / 1e9:.1f} GB/s"
     print(f"{bandwidth_text}; {dtype}; medians of interleaved calls, {arguments.clock} clock")
     print(HEADER)
-    rows = []
+    rows: list[Row] = []
     compiled = arguments.compile or arguments.full or device == "cuda"
     for make in official_cases(device, dtype, full=arguments.full or device == "cuda"):
         case = make()
         if arguments.only and arguments.only not in case.operator:
             continue
         settings = {"compiled": compiled, "seconds": arguments.seconds, "clock": arguments.clock}
-        for row in measure(case, device, bandwidth, **settings):
-            print(line(row), flush=True)
-            rows.append(row)
+        for contenders in measure(case, device, bandwidth, **settings):
+            print(line(contenders), flush=True)
+            rows += contenders
     if arguments.json:
-        result = {"machine": machine, "dtype": str(dtype), "clock": arguments.clock}
-        result |= {"copy_bytes_per_s": bandwidth, "rows": rows}
-        write_json(arguments.json, result)
-    if arguments.plot:
-        plot(rows, arguments.plot)
+        settings = {"dtype": str(dtype), "clock": arguments.clock, "copy_bytes_per_s": bandwidth}
+        write_result(arguments.json, "kernel_bench", rows, device=device, **settings)
     return 0
 
 

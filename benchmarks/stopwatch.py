@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,23 +123,3 @@ def _silent() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def describe_machine(device: str) -> dict[str, object]:
-    """The hardware and software that the numbers belong to."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
-    machine = {
-        "cpu": name,
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    machine |= {"torch": torch.__version__, "python": platform.python_version()}
-    if hasattr(os, "getloadavg"):
-        machine["load"] = round(os.getloadavg()[0], 1)
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    return machine
