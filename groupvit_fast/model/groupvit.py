@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from groupvit_fast.model.checkpoint_write import write_checkpoint
 from groupvit_fast.model.image_encoder import ImageEncoder
 from groupvit_fast.model.layers import Projector
+from groupvit_fast.model.packing import PackedTexts
 from groupvit_fast.model.presets import ModelConfig, preset
 from groupvit_fast.model.text_encoder import TextEncoder
 
@@ -104,7 +105,7 @@ class GroupViT(nn.Module):
     def forward(
         self,
         pixels: Tensor,
-        texts: Tensor,
+        texts: Tensor | PackedTexts,
         text_index: Tensor,
         noise_key: Tensor | None = None,
         *,
@@ -112,8 +113,8 @@ class GroupViT(nn.Module):
     ) -> TrainingOutput:
         """One training forward of everything, so that one wrapper (DDP, FSDP, compile) sees one call.
 
-        pixels [B,3,H,W]; texts int64 [U,T], distinct rows; text_index int64 [B,1+K], which of them belong
-        to each image (the caption first); noise_key int64 [2] or None for no noise. With `return_groups`
+        pixels [B,3,H,W]; texts int64 [U,T], distinct rows, or the same packed; text_index int64 [B,1+K],
+        which of them belong to each image (the caption first); noise_key int64 [2] or None for no noise. With `return_groups`
         every group is projected too; RuntimeError if the projector has batch norm, which is for images.
         """
         if return_groups and self.config.projector_layers > 1:

@@ -7,10 +7,15 @@ D size of a head or of the shared embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from groupvit_fast.model.packing import PackedTexts
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -58,6 +63,23 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
+class AttentionPattern(NamedTuple):
+    """Which tokens of packed rows [R,T] see each other: the same text, not later.
+
+    visible bool [R,1,T,T], or `bounds` and `longest` of a single row (see `PackedTexts`); ends [R,Q].
+    """
+
+    visible: Tensor | None
+    ends: Tensor
+    bounds: Tensor | None
+    longest: int
+
+    @classmethod
+    def of(cls, texts: PackedTexts) -> AttentionPattern:
+        visible = texts.visible() if texts.bounds is None else None
+        return cls(visible, texts.ends, texts.bounds, texts.longest)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused projection; `causal` hides later tokens."""
 
@@ -68,10 +90,45 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return self.out(x.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, pattern: AttentionPattern | None = None) -> Tensor:
+        """x [B,N,C] -> [B,N,C]; with a pattern, x are packed rows."""
+        # Split along the last axis: the three gradients then join to one contiguous matrix.
+        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
+        if pattern is None:
+            x = attend(query, key, value, is_causal=self.causal)
+        elif pattern.bounds is None:
+            x = attend(query, key, value, attn_mask=pattern.visible)
+        else:
+            bounds, longest = pattern.bounds, pattern.longest
+            x = varlen_attn(
+                query[0], key[0], value[0], bounds, bounds, longest, longest, window_size=(-1, 0)
+            )[None]
+        return self.out(x.flatten(2))
+
+    def at_ends(self, x: Tensor, pattern: AttentionPattern) -> Tensor:
+        """The rows of `forward(x, pattern)` [R,T,C] where texts end, [R,Q,C]: no other query is made."""
+        width = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        query = F.linear(x.flatten(0, 1)[pattern.ends], weight[:width], bias[:width])
+        query = query.unflatten(-1, (self.heads, -1))
+        key, value = (
+            part.unflatten(-1, (self.heads, -1))
+            for part in F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
+        )
+        if pattern.bounds is None:
+            visible = pattern.visible.flatten(0, 2)[pattern.ends][:, None]
+            x = attend(query, key, value, attn_mask=visible)
+        else:
+            bounds = pattern.bounds
+            one_each = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
+            x = varlen_attn(query[0], key[0], value[0], one_each, bounds, 1, pattern.longest)[None]
+        return self.out(x.flatten(2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+    """Scaled dot-product attention of [B,N,H,D] tensors, in that order of axes."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, **mask).transpose(1, 2)
 
 
 class TransformerBlock(nn.Module):
@@ -94,9 +151,21 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(width, int(mlp_ratio * width), width, activation)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x)))
+    def forward(self, x: Tensor, pattern: AttentionPattern | None = None) -> Tensor:
+        x = x + self.drop_path(self.attention(self.norm1(x), pattern))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def at_ends(self, x: Tensor, pattern: AttentionPattern) -> Tensor:
+        """The rows of `forward(x, pattern)` where texts end, [R,Q,C]; for layers without drop path."""
+        x = x.flatten(0, 1)[pattern.ends] + self.attention.at_ends(self.norm1(x), pattern)
+        return x + self.mlp(self.norm2(x))
+
+
+def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
+    """Call `block`; with `checkpointing` its activations are thrown away and computed again when needed."""
+    if not checkpointing or not torch.is_grad_enabled():
+        return block(*inputs)
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
 
 
 class Projector(nn.Module):
