@@ -115,7 +115,8 @@ class GroupViT(nn.Module):
 
         pixels [B,3,H,W]; texts int64 [U,T], distinct rows, or the same packed; text_index int64 [B,1+K],
         which of them belong to each image (the caption first); noise_key int64 [2] or None for no
-        noise. With `return_groups` every group is projected too; RuntimeError if the projector has batch norm, which is for images.
+        noise. With `return_groups` every group is projected too; RuntimeError if the projector has
+        batch norm, which is for images.
         """
         if return_groups and self.config.projector_layers > 1:
             raise RuntimeError("return_groups needs projector_layers=1: batch norm takes images, not groups")
