@@ -4,8 +4,8 @@ from groupvit_fast.segmentation.datasets import SegmentationDataset, VocFolder, 
 from groupvit_fast.segmentation.evaluation import evaluate
 from groupvit_fast.segmentation.prompts import class_embeddings
 from groupvit_fast.segmentation.protocols import Protocol, protocol
+from groupvit_fast.segmentation.reference import segment_image
 from groupvit_fast.segmentation.report import Evaluation
-from groupvit_fast.segmentation.segment import segment_image
 
 __all__ = [
     "Evaluation",

@@ -1,6 +1,6 @@
 """The fast path from photos to labels: every window is encoded once, and windows of many images together.
 
-The labels are those of `segment.segment_image`; see `decode` for what "those" means.
+The labels are those of `reference.segment_image`; see `decode` for what "those" means.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def segment_batch(
         if len(boxes[index]) == 1 and size == tuple(pixels[index].shape[-2:]):
             single[size].append(index)
         else:
-            results[index] = decode_windows(windows[index], boxes[index], size, protocol)
+            results[index] = decode_windows(windows[index], boxes[index], size, text, protocol)
     for size, members in single.items():
-        decoded = decode_single_windows([windows[index][0] for index in members], size, protocol)
+        decoded = decode_single_windows([windows[index][0] for index in members], size, text, protocol)
         for index, segmentation in zip(members, decoded, strict=True):
             results[index] = segmentation
     return results

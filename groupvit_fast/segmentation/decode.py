@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from groupvit_fast import ops
+from groupvit_fast.segmentation.labelling import BestChannel, LateSoftmax, labelling
+from groupvit_fast.segmentation.prompts import ClassText
 from groupvit_fast.segmentation.protocols import Protocol
 from groupvit_fast.segmentation.segment import Box
 
-ROWS_PER_CELL = 4096
-"""Where overlapping windows could give more score rows than this, only those that occur are kept."""
+Rule = BestChannel | LateSoftmax
+SCORES_PER_CELL = 1 << 20
+"""Where overlapping windows could give more scores than this, only the rows that occur are kept."""
 PIXELS_PER_BLEND = 1 << 16
 PIXELS_PER_BAND = 1 << 20
 
@@ -57,12 +60,23 @@ class Window(NamedTuple):
     scores: Tensor
 
 
+class Small(NamedTuple):
+    """A score map before resizing: each pixel's kind, int32 [h, w], and its row of `rows` [R, C]."""
+
+    kinds: Tensor
+    label_of_kind: Tensor | None
+    row_of_pixel: Tensor
+    rows: Tensor
+    rule: Rule
+
+
 def decode_single_windows(
-    windows: Sequence[Window], size: tuple[int, int], protocol: Protocol
+    windows: Sequence[Window], size: tuple[int, int], text: ClassText, protocol: Protocol
 ) -> list[Segmentation]:
     """Images of one size that are one window each: without any resize of scores a group has one label."""
     groups = winning_groups(torch.stack([window.maps for window in windows]), size)
-    label_of_group = torch.stack([score_rows(window, protocol).argmax(dim=1) for window in windows])
+    rule = labelling(text, protocol)
+    label_of_group = torch.stack([rule.labels(score_rows(window, protocol)) for window in windows])
     labels = label_of_group.gather(1, groups.flatten(1)).view_as(groups)
     return [Segmentation(*pair, label_of_group.shape[1]) for pair in zip(labels, groups, strict=True)]
 
@@ -75,9 +89,9 @@ def winning_groups(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def score_rows(window: Window, protocol: Protocol) -> Tensor:
-    """The score channels of each group, [G, C]; with a background rule channel 0 is background."""
+    """The score channels of each group, [G, C]; the first is background where the protocol adds that."""
     scores, threshold = window.scores, protocol.background_threshold
-    if threshold is None:
+    if not protocol.has_background_channel:
         return scores
     if protocol.background_rule == "constant":
         background = torch.full_like(scores[:, :1], threshold)
@@ -87,7 +101,11 @@ def score_rows(window: Window, protocol: Protocol) -> Tensor:
 
 
 def decode_windows(
-    windows: Sequence[Window], boxes: Sequence[Box], size: tuple[int, int], protocol: Protocol
+    windows: Sequence[Window],
+    boxes: Sequence[Box],
+    size: tuple[int, int],
+    text: ClassText,
+    protocol: Protocol,
 ) -> Segmentation:
     """One image from its windows: average the scores where windows overlap, resize to `size`, label."""
     num_groups = len(windows[0].scores)
@@ -99,7 +117,9 @@ def decode_windows(
     row_of_pixel, rows = merge_windows(members, tables, boxes)
     owners = nearest_windows(members, boxes, num_groups)
     return Segmentation(
-        resize_labels(row_of_pixel, rows, size), resize_nearest(owners, size), num_groups * len(windows)
+        resize_labels(row_of_pixel, rows, size, labelling(text, protocol)),
+        resize_nearest(owners, size),
+        num_groups * len(windows),
     )
 
 
@@ -141,7 +161,7 @@ def merge_cell(
         part = members[index][cell.top - top : cell.bottom - top, cell.left - left : cell.right - left]
         code = code * groups + part
         used = torch.arange(len(rows) * groups, device=code.device)
-        if len(used) > ROWS_PER_CELL:
+        if len(used) * channels > SCORES_PER_CELL:
             used, code = torch.unique(code, return_inverse=True)
         rows = rows[used // groups] + tables[index][used % groups]
     return code, rows / len(covering)
@@ -182,41 +202,33 @@ def resize_nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return labels[rows][:, columns]
 
 
-def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int], rule: Rule) -> Tensor:
     """Labels of the bilinearly resized score map that `row_of_pixel` [h, w] and `rows` [R, C] stand for."""
-    label_of_row = rows.argmax(dim=1)
-    labels = label_of_row[row_of_pixel]
-    if tuple(labels.shape) == tuple(size):
-        return labels
-    # A channel that is zero everywhere can win only where all are zero, and then the first one does.
-    used = rows.any(dim=0)
-    used[0] = True
-    channels = used.nonzero()[:, 0]
-    vertical = bilinear_taps(labels.shape[0], size[0], rows)
-    horizontal = bilinear_taps(labels.shape[1], size[1], rows)
+    if tuple(row_of_pixel.shape) == tuple(size):
+        return rule.labels(rows)[row_of_pixel]
+    kind_of_row, label_of_kind = rule.kinds(rows)
+    kinds = kind_of_row.int()[row_of_pixel]
+    rule, rows = rule.select(rows)
+    vertical = bilinear_taps(kinds.shape[0], size[0], rows)
+    horizontal = bilinear_taps(kinds.shape[1], size[1], rows)
     lines = max(1, PIXELS_PER_BAND // size[1])
     bands = zip(*(part.split(lines) for part in vertical), strict=True)
-    small = labels.int(), row_of_pixel, rows[:, channels]
-    return torch.cat([blend_band(*small, channels, Taps(*band), horizontal) for band in bands])
+    small = Small(kinds, label_of_kind, row_of_pixel, rows, rule)
+    return torch.cat([blend_band(small, Taps(*band), horizontal) for band in bands])
 
 
-def blend_band(
-    labels: Tensor, row_of_pixel: Tensor, rows: Tensor, channels: Tensor, vertical: Taps, horizontal: Taps
-) -> Tensor:
-    """`resize_labels` for some output lines, int64.
-
-    Where the four neighbours have the same label, so has their blend: a channel that is the largest in each
-    of four rows is the largest in every mean of them. The other pixels blend their rows.
-    """
-    lines = [labels[y] for y in (vertical.first, vertical.second)]
+def blend_band(small: Small, vertical: Taps, horizontal: Taps) -> Tensor:
+    """`resize_labels` for some output lines, int64: only pixels between different kinds blend their rows."""
+    lines = [small.kinds[y] for y in (vertical.first, vertical.second)]
     a, b, c, d = (line[:, x] for line in lines for x in (horizontal.first, horizontal.second))
-    result = a.long()
+    result = a.long() if small.label_of_kind is None else small.label_of_kind[a]
     mixed = (a != b) | (a != c) | (a != d)
     for y, x in zip(*(part.split(PIXELS_PER_BLEND) for part in mixed.nonzero(as_tuple=True)), strict=True):
-        a, b, c, d = (rows[row_of_pixel[i[y], j[x]]] for i in vertical[:2] for j in horizontal[:2])
+        i, j = (vertical.first[y], vertical.second[y]), (horizontal.first[x], horizontal.second[x])
+        a, b, c, d = (small.rows[small.row_of_pixel[row, column]] for row in i for column in j)
         wy, wx = vertical.weight[y, None], horizontal.weight[x, None]
         upper, lower = a * (1 - wx) + b * wx, c * (1 - wx) + d * wx
-        result[y, x] = channels[(upper * (1 - wy) + lower * wy).argmax(dim=1)]
+        result[y, x] = small.rule.labels(upper * (1 - wy) + lower * wy)
     return result
 
 

@@ -123,8 +123,9 @@ def resolve_protocol(
 
 
 def encode_protocol_classes(model: torch.nn.Module, entries: Sequence[str], protocol: Protocol) -> ClassText:
-    """Text embeddings of class entries under a protocol; weights that give NaN are an error."""
-    text = encode_classes(model, entries, protocol.templates, normalise_each=protocol.normalise_each_template)
+    """Text embeddings of class entries without background under a resolved protocol; NaN is an error."""
+    each = protocol.normalise_each_template
+    text = encode_classes(model, protocol.entries(entries), protocol.templates, normalise_each=each)
     if not text.embeddings.isfinite().all():
         raise UserError(
             "the text encoder gives NaN: these weights are damaged or diverged; use another checkpoint"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from groupvit_fast.console import UserError
 from groupvit_fast.model.presets import ModelConfig
-from groupvit_fast.segmentation.prompts import TEMPLATE_SETS
+from groupvit_fast.segmentation.prompts import TEMPLATE_SETS, read_class_file
 from groupvit_fast.segmentation.protocols import MODES, PROTOCOLS, Protocol, protocol
 
 SMALL_MODEL = 128
@@ -42,6 +41,12 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--logit-scale", type=float, metavar="X", help="factor on cosines instead of the learnt one"
     )
+    group.add_argument(
+        "--background-names",
+        type=Path,
+        metavar="FILE",
+        help="names that stand for background, one a line, under sclip, clearclip and proxyclip",
+    )
 
 
 def protocol_from_flags(args: argparse.Namespace, config: ModelConfig | None = None) -> Protocol:
@@ -56,8 +61,10 @@ def protocol_from_flags(args: argparse.Namespace, config: ModelConfig | None = N
         changes["templates"] = parse_templates(args.templates)
     if args.top_k is not None:
         changes["top_k"] = args.top_k or None
+    if args.background_names is not None:
+        changes["background_names"] = tuple(read_class_file(args.background_names))
     chosen = protocol(name)
-    return replace(chosen, **changes, name=f"{name} (changed)") if changes else chosen
+    return chosen.with_knobs(changes) if changes else chosen
 
 
 def parse_templates(texts: list[str]) -> tuple[str, ...]:

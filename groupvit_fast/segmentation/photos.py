@@ -10,7 +10,8 @@ from torch import Tensor
 
 from groupvit_fast.console import UserError
 from groupvit_fast.segmentation.batch import check_size, segment_batch
-from groupvit_fast.segmentation.prompts import check_classes, encode_classes
+from groupvit_fast.segmentation.evaluation import encode_protocol_classes
+from groupvit_fast.segmentation.prompts import check_classes
 from groupvit_fast.segmentation.protocols import Protocol
 from groupvit_fast.segmentation.protocols import protocol as named_protocol
 
@@ -52,8 +53,7 @@ def segment_photos(
     training = model.training
     model.eval()
     try:
-        each = chosen.normalise_each_template
-        text = encode_classes(model, entries, chosen.templates, normalise_each=each)
+        text = encode_protocol_classes(model, entries, chosen)
         return [result.labels for result in segment_batch(model, photos, text, chosen)] if photos else []
     finally:
         model.train(training)

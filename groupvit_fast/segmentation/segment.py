@@ -1,11 +1,9 @@
-"""Zero-shot segmentation, the reference statement: one image, one window at a time, written for reading.
+"""The steps of zero-shot segmentation: resize, windows, group maps, and the scores that name a group.
 
-The steps are those of the released GroupViT evaluation (Xu et al., CVPR 2022, section 3.3, and its
-configuration files): soft assignment maps give the regions, the groups' projected features name them.
-`decode.py` computes the same labels without the [C, H, W] score maps; the tests hold the two together.
+They are those of the released GroupViT evaluation (Xu et al., CVPR 2022, section 3.3, and its configuration
+files). `reference.py` states the whole algorithm for one image; `batch.py` and `decode.py` are the fast path.
 
-Shapes: B windows, G final groups, N names, K classes, C score channels (K, or 1 + K with background),
-h x w the resized image or a window of it, H x W the original image.
+Shapes: B windows, G final groups, N names, K classes, h x w the resized image, H x W the original image.
 """
 
 from __future__ import annotations
@@ -33,27 +31,6 @@ class Box(NamedTuple):
 
     def slices(self) -> tuple[slice, slice]:
         return slice(self.top, self.bottom), slice(self.left, self.right)
-
-
-@torch.no_grad()
-def segment_image(model: torch.nn.Module, image: Tensor, text: ClassText, protocol: Protocol) -> Tensor:
-    """Label every pixel of `image` (uint8 [H, W, 3], RGB) with a class of `text`.
-
-    Returns: int64 [H, W]; class k is label k, or, where `protocol.background_threshold` is set, label k + 1
-    with label 0 for background. `protocol` must have been resolved; the model must be in eval mode.
-    """
-    pixels = prepare(image, protocol)
-    height, width = pixels.shape[-2:]
-    channels = text.num_classes + (protocol.background_threshold is not None)
-    total = pixels.new_zeros(channels, height, width)
-    coverage = pixels.new_zeros(height, width)
-    for box in window_boxes(height, width, protocol):
-        rows, columns = box.slices()
-        total[:, rows, columns] += window_scores(model, pixels[:, rows, columns], text, protocol)
-        coverage[rows, columns] += 1
-    scores = total / coverage
-    scores = F.interpolate(scores[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
-    return scores.argmax(dim=0)
 
 
 def resized_size(height: int, width: int, protocol: Protocol) -> tuple[int, int]:
@@ -90,32 +67,9 @@ def window_spans(length: int, crop: int, stride: int) -> list[tuple[int, int]]:
     return [(max(end - crop, 0), end) for end in ends]
 
 
-def window_scores(model: torch.nn.Module, pixels: Tensor, text: ClassText, protocol: Protocol) -> Tensor:
-    """Class scores [C, h, w] of one window: each pixel has the scores of the group it belongs to."""
-    encoding = model.encode_groups(pixels[None])
-    membership = group_membership(encoding, pixels.shape[-2:])[0]
-    table = group_class_scores(encoding, text, protocol, learnt_scale(model))[0]
-    scores = torch.einsum("ghw,gk->khw", membership, table)
-    if protocol.background_threshold is None:
-        return scores
-    if protocol.background_rule == "constant":
-        background = torch.full_like(scores[:1], protocol.background_threshold)
-    else:
-        threshold = table.max().clamp(max=protocol.background_threshold)
-        background = (scores.amax(dim=0, keepdim=True) < threshold).to(scores)
-    return torch.cat([background, scores])
-
-
 def low_resolution_maps(encoding: NamedTuple) -> Tensor:
     """Soft maps of the final groups at patch resolution, [B, G, *grid]: the stage maps multiplied."""
     return ops.compose_assignments(encoding.maps).unflatten(-1, encoding.grid)
-
-
-def group_membership(encoding: NamedTuple, size: tuple[int, int]) -> Tensor:
-    """One-hot maps [B, G, *size] in float32: 1 where a group is the strongest, the first one at a tie."""
-    maps = low_resolution_maps(encoding).float()
-    maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-    return F.one_hot(maps.argmax(dim=1), maps.shape[1]).permute(0, 3, 1, 2).float()
 
 
 def learnt_scale(model: torch.nn.Module) -> Tensor:
@@ -128,10 +82,13 @@ def group_class_scores(encoding: NamedTuple, text: ClassText, protocol: Protocol
 
     P = softmax over all names of scale x cosine(group, name). Gated scores multiply it with the softmax over
     the names of the window's `top_k` classes, which its mean feature chooses. A class with synonyms has the
-    score of its best name.
+    score of its best name. Late scores are scale x cosine for every name, [B, G, N]: their softmax follows
+    at the size of the original image.
     """
     scale = scale if protocol.logit_scale is None else protocol.logit_scale
     logits = scale * F.normalize(encoding.groups.float(), dim=-1) @ text.embeddings.T
+    if protocol.class_scores == "late":
+        return logits
     scores = logits.softmax(dim=-1)
     if protocol.class_scores == "gated":
         mean_logits = scale * F.normalize(encoding.image.float(), dim=-1) @ text.embeddings.T

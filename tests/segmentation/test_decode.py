@@ -21,20 +21,34 @@ LAYOUTS = {
 }
 
 
+RULES = {
+    "no background": {},
+    "capped": {"background_threshold": 0.15},
+    "constant": {"background_rule": "constant", "background_threshold": 0.15},
+    "softmax": {"class_scores": "softmax", "top_k": None},
+    "late": {"class_scores": "late", "background_rule": "probability"},
+    "probability": {
+        "class_scores": "late",
+        "background_rule": "probability",
+        "background_threshold": 0.3,
+        "background_names": ("sky", "wall"),
+    },
+}
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("background", [None, "capped", "constant"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_labels_as_the_reference(tools, layout, background, device):
+def test_same_labels_as_the_reference(tools, layout, rule, device):
     rng = np.random.default_rng(len(layout))
     pixels = different = 0
     seen = set()
     for seed in range(4):
         groups, classes = int(rng.integers(1, 12)), int(rng.integers(1, 30))
         model = tools.FakeModel(groups, seed=seed).eval().to(device)
-        chosen = tools.replace(protocol("official"), **LAYOUTS[layout])
-        if background:
-            chosen = tools.replace(chosen, background_rule=background, background_threshold=0.15)
-        text = encode_classes(model, [f"thing {k}|object {k}" for k in range(classes)], chosen.templates)
+        chosen = tools.replace(protocol("official"), **LAYOUTS[layout], **RULES[rule])
+        entries = chosen.entries([f"thing {k}|object {k}" for k in range(classes)])
+        text = encode_classes(model, entries, chosen.templates)
         sizes = [(32, 32), *((int(h), int(w)) for h, w in rng.integers(20, 90, (4, 2)))]
         images = [torch.tensor(tools.blobs(*size, rng)) for size in sizes]
         for image, result in zip(images, segment_batch(model, images, text, chosen), strict=True):
@@ -58,10 +72,10 @@ def test_few_and_many_score_rows_agree(tools, monkeypatch):
     calls = []
     unique = torch.unique
     monkeypatch.setattr(torch, "unique", lambda *args, **more: calls.append(1) or unique(*args, **more))
-    monkeypatch.setattr(decode, "ROWS_PER_CELL", 10**9)
+    monkeypatch.setattr(decode, "SCORES_PER_CELL", 10**9)
     few = segment_batch(model, [image], text, tools.replace(chosen, stride=12))[0]
     assert not calls
-    monkeypatch.setattr(decode, "ROWS_PER_CELL", 0)
+    monkeypatch.setattr(decode, "SCORES_PER_CELL", 0)
     many = segment_batch(model, [image], text, tools.replace(chosen, stride=12))[0]
     assert calls
     assert torch.equal(few.labels, many.labels)

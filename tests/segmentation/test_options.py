@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_every_flag_changes_its_knob():
     assert (chosen.crop, chosen.stride, chosen.logit_scale) == (64, 32, 40.0)
     assert protocol_from_flags(flags("--top-k", "0")).top_k is None
     assert protocol_from_flags(flags("--templates", "a {} here")).templates == ("a {} here",)
+
+
+def test_background_names_come_from_a_file(tmp_path):
+    (tmp_path / "stuff.txt").write_text("sky\nwall\n")
+    chosen = protocol_from_flags(
+        flags("--protocol", "sclip", "--background-names", str(tmp_path / "stuff.txt"))
+    )
+    assert chosen.background_names == ("sky", "wall")
+    assert "with the names sky, wall" in replace(chosen, background_threshold=0.1).explain()
 
 
 def test_a_template_without_a_place_for_the_name():

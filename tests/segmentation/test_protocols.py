@@ -26,6 +26,10 @@ def test_official_numbers():
         ("tcl", 9, 448, "constant", 0.5, 0.5),
         ("ovsegmentor", 1, 448, "capped", 0.95, 0.35),
         ("segclip", 1, 224, "capped", 0.8, 0.25),
+        ("sclip", 80, 336, "probability", 0.1, 0.1),
+        ("clearclip", 80, 448, "probability", 0.5, 0.15),
+        ("proxyclip", 80, 336, "probability", 0.2, 0.15),
+        ("zeroseg", 1, 448, "capped", 0.95, 0.05),
     ],
 )
 def test_numbers_of_other_protocols(name, templates, side, rule, voc, context):
@@ -55,6 +59,35 @@ def test_resolve_takes_the_image_size_of_the_model():
     assert protocol("official").resolve(dataset="voc20", background=False, image_size=64).short_side == 448
 
 
+def test_some_datasets_have_knobs_of_their_own():
+    def resolved(name, dataset, background=False):
+        return protocol(name).resolve(dataset=dataset, background=background, image_size=224)
+
+    assert resolved("sclip", "voc21", True).logit_scale == 65
+    assert resolved("sclip", "context60", True).logit_scale == 50
+    assert resolved("sclip", "voc20").logit_scale == 40
+    assert resolved("sclip", "cityscapes").short_side == 560
+    city = resolved("proxyclip", "cityscapes")
+    assert (city.short_side, city.crop, city.stride, city.logit_scale) == (448, 224, 112, 40)
+    assert "on cityscapes: short side 448, crop 224, stride 112" in protocol("proxyclip").explain()
+    chosen = protocol("sclip").with_knobs({"logit_scale": 30.0})
+    assert chosen.resolve(dataset="voc21", background=True, image_size=224).logit_scale == 30
+    assert chosen.resolve(dataset="cityscapes", background=False, image_size=224).short_side == 560
+
+
+def test_background_with_names_is_a_class():
+    chosen = replace(protocol("sclip"), background_names=("sky", "wall"))
+    assert chosen.entries(["dog", "sofa|couch"]) == ["dog", "sofa|couch"]
+    resolved = chosen.resolve(dataset="voc21", background=True, image_size=224)
+    assert resolved.entries(["dog", "sofa|couch"]) == ["sky|wall", "dog", "sofa|couch"]
+    assert not resolved.has_background_channel
+    with pytest.raises(UserError, match="background_names is 'sky'"):
+        resolved.entries(["boat", "Sky"])
+    official = protocol("official").resolve(dataset="voc21", background=True, image_size=224)
+    assert official.entries(["dog"]) == ["dog"]
+    assert official.has_background_channel
+
+
 def test_a_threshold_without_background_is_refused():
     with pytest.raises(UserError, match="has no background class"):
         protocol("official").resolve(dataset="voc20", background=False, image_size=224, threshold=0.5)
@@ -76,6 +109,9 @@ def test_unknown_protocol_names_the_nearest():
         {"mode": "windows"},
         {"class_scores": "cosine"},
         {"background_rule": "none"},
+        {"background_rule": "probability"},
+        {"background_names": ()},
+        {"datasets": {"voc21": {"templates": 3}}},
         {"short_side": 0},
         {"top_k": -1},
         {"crop": 0},

@@ -1,4 +1,4 @@
-"""The reference statement against a second one in numpy, pixel by pixel, and its single steps."""
+"""The reference against a second statement in numpy, pixel by pixel, and its single steps."""
 
 import numpy as np
 import pytest
