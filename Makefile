@@ -1,6 +1,6 @@
 # make demo    set up, then learn to segment from captions and show the result
 # make test    set up, then run the tests          make lint    style of Python and C++
-# make build   compile what changed                make bench   time the operators
+# make build   compile what changed                make bench   measure everything, in 15 minutes
 # make clean   remove what was built (not .venv, not runs)
 
 PYTHON ?= python3
@@ -27,8 +27,9 @@ lint: build
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
+# JSON, report and plots in build/bench; BENCH="--keep" writes to benchmarks/results/ of this machine.
 bench: build
-	$(BIN)/python benchmarks/kernel_bench.py
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 # The CUDA kernels under compute-sanitizer; needs a GPU.
 sanitize: build

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import plots
 import stopwatch
 import sweep
 import torch
@@ -43,6 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--clock", choices=stopwatch.CLOCKS, default="wall", help="cpu: of this process alone"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows as JSON to FILE")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="also draw the speed-ups as an SVG")
     return parser.parse_args(argv)
 
 
@@ -130,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         settings = {"dtype": str(dtype), "clock": arguments.clock, "copy_bytes_per_s": bandwidth}
         write_result(arguments.json, "kernel_bench", rows, device=device, **settings)
+    if arguments.plot:
+        plots.draw(rows, arguments.plot)
     return 0
 
 

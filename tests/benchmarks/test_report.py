@@ -1,0 +1,105 @@
+"""Goals are read from the rows without flattery, and the report shows every row."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import goals
+import machine
+import report
+from goals import Goal
+from stopwatch import Timing
+
+from groupvit_fast.console import run_command
+
+GOAL = Goal("cpu", "kernel_bench", "key", "what", name="op .*", must=2, target=4)
+
+
+def rows(name="op forward", case="B1", eager=8.0, own=2.0, **more):
+    return machine.timing_rows(name, case, {"eager": timing(eager), "ours": timing(own)}, **more)
+
+
+def timing(median):
+    return Timing(median, 0.9 * median, 1.1 * median, 9)
+
+
+def judged(goal, found):
+    return goals.judge(goal, {"kernel_bench": {"rows": found}}, {})
+
+
+@pytest.mark.parametrize(
+    ("own", "verdict"), [(1.0, "met, target"), (2.0, "met, target"), (4.0, "met"), (4.1, "missed")]
+)
+def test_the_verdict_follows_the_ratio(own, verdict):
+    assert judged(GOAL, rows(own=own)).verdict == verdict
+
+
+def test_the_worst_row_counts():
+    found = judged(GOAL, rows() + rows("op backward", eager=3.0) + rows("other", eager=0.1))
+    assert found.value == 1.5
+    assert found.verdict == "missed"
+    assert found.why == "the worst of 2: op backward, B1, eager 3 ms (2.7 ms to 3.3 ms)"
+
+
+def test_less_can_be_better():
+    goal = Goal("cpu", "kernel_bench", "", "", "op .*", contender="ours", measure="us", less=True, must=3e3)
+    assert judged(goal, rows()).verdict == "met"
+    assert judged(goal, rows() + rows("op backward", own=4.0)).verdict == "missed"
+    assert goal.levels() == "<= 3000.00 x"
+
+
+def test_memory_is_that_of_the_same_case():
+    goal = Goal("cpu", "kernel_bench", "", "", "op .*", measure="memory", must=3)
+    peaks = {"eager": 600, "ours": 100}
+    assert judged(goal, rows(peak_bytes=peaks) + rows(case="B2", peak_bytes={"ours": 500})).value == 6
+    assert judged(goal, rows()).verdict == "not measured"
+
+
+def test_what_is_not_there_is_not_measured():
+    parts = {"kernel_bench": {"status": "failed", "why": "status 1: no apex"}}
+    assert goals.judge(GOAL, {}, parts).why == "failed: status 1: no apex"
+    assert goals.judge(GOAL, {}, {}).why == "kernel_bench was not run"
+    assert judged(GOAL, []).verdict == "not measured"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_goals_of_the_file_are_well_formed(device):
+    loaded = goals.load(device)
+    assert len({goal.key for goal in loaded}) == len(loaded)
+    for goal in loaded:
+        given = [n for n in (goal.must, goal.target, goal.moonshot) if n is not None]
+        assert given == sorted(given, reverse=goal.less), goal.key
+        assert goal.levels()
+
+
+def test_a_folder_is_rendered(tmp_path):
+    found = rows(peak_bytes={"eager": 1 << 20}, items=3, unit="pairs")
+    found.append(machine.value_row("quality", "c", "ours", 0.5, "mIoU"))
+    machine.write_result(tmp_path / "k.json", "kernel_bench", found)
+    (tmp_path / "half.json").write_text('{"bench": "x"')
+    (tmp_path / "parts.json").write_text(json.dumps({"k": {"status": "done", "seconds": 1, "why": ""}}))
+    assert run_command(report.main, [str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| op forward | B1 | eager | 8 ms | 7.2 ms to 8.8 ms | 4.00 x | 375 pairs/s, peak 1.0 MB |" in text
+    assert "| quality | c | ours | 0.5 mIoU |" in text
+    assert "![kernel_bench](kernel_bench.svg)" in text
+    assert machine.describe()["versions"]["torch"] in text
+    assert (tmp_path / "kernel_bench.svg").stat().st_size < 200_000
+    assert (tmp_path / "goals.md").read_text().startswith("# Goals")
+
+
+def test_a_note_explains_a_goal(tmp_path):
+    machine.write_result(tmp_path / "k.json", "kernel_bench", rows("gumbel_assign forward", "B1 64x196 C4"))
+    (tmp_path / "notes.json").write_text('{"assign-forward": "Two cores share one cache."}')
+    assert "Two cores share one cache." in report.goals_table(tmp_path)
+
+
+def test_no_such_folder(tmp_path, capsys):
+    assert run_command(report.main, [str(tmp_path / "none")]) == 1
+    assert "no such folder" in capsys.readouterr().err
