@@ -19,16 +19,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import machine
 import report
 
-from groupvit_fast.console import UserError, resolve_device, run_command, write_json
+from groupvit_fast.console import UserError, resolve_device, run_command, write_bytes_atomically, write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PYTHON = sys.executable
+LEAST = 5.0  # seconds that a part can do anything in
 PLACES = ("{json}", "{output}", "{device}")  # of a part's command, filled in when it runs
 
 
@@ -61,8 +63,8 @@ CPU_PARTS = (
     _bench("scaling", 120),
     Part("counts", 50, (PYTHON, "benchmarks/counts.py", "--json", "{json}"), needs="valgrind"),
 )
-_TESTS = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow or gpu_matrix")
-_PROFILED = ("benchmarks/kernel_bench.py", "--device", "cuda", "--profile")
+_TESTS = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+_TESTS += ("-n", "8") if find_spec("xdist") else ()
 GPU_PARTS = (
     _bench("ceilings", 40),
     _bench("kernel_bench", 110),
@@ -90,7 +92,7 @@ def run_part(part: Part, output: Path, device: str, limit: float) -> dict[str, o
         return {"status": "left out", "seconds": 0.0, "why": f"{part.needs} is not installed"}
     if part.script and not part.script.exists():
         return {"status": "left out", "seconds": 0.0, "why": f"{part.script.name} is not in this checkout"}
-    if limit < 5:
+    if limit < LEAST:
         return {"status": "left out", "seconds": 0.0, "why": "no time was left"}
     result = output / f"{part.name}.json"
     log = output / "logs" / f"{part.name}.log"
@@ -103,7 +105,7 @@ def run_part(part: Part, output: Path, device: str, limit: float) -> dict[str, o
         status = _run(command, file, limit)
     seconds = round(time.monotonic() - start, 1)
     if status is None:
-        return {"status": "cut off", "seconds": seconds, "why": f"longer than {limit:.0f} s"}
+        return {"status": "cut off", "seconds": seconds, "why": f"longer than {limit:.3g} s"}
     if status != 0:
         return {"status": "failed", "seconds": seconds, "why": f"status {status}: {last_words(log)}"}
     return {"status": "done", "seconds": seconds, "why": ""}
@@ -136,7 +138,9 @@ def last_words(log: Path) -> str:
     return (errors or lines or ["it said nothing"])[-1][:200]
 
 
-def run_all(parts: Sequence[Part], output: Path, device: str, minutes: float) -> int:
+def run_all(
+    parts: Sequence[Part], output: Path, device: str, minutes: float, pack: Path | None = None
+) -> int:
     """Run the parts one after another, rendering after each; the number of those that did not finish."""
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
@@ -149,16 +153,21 @@ def run_all(parts: Sequence[Part], output: Path, device: str, minutes: float) ->
         bad += record["status"] != "done"
         records[part.name] = record
         write_json(output / "parts.json", records)
-        _render(output)
+        _render(output, pack)
     return bad
 
 
-def _render(output: Path) -> None:
+def _render(output: Path, pack: Path | None) -> None:
     """A report that cannot be rendered must not cost the measurements."""
     try:
         report.render(output)
     except Exception as error:
         print(f"report: {type(error).__name__}: {error}", file=sys.stderr)
+    if pack:
+        pack.mkdir(parents=True, exist_ok=True)
+        made = shutil.make_archive(str(output.parent / "results"), "gztar", output.parent, output.name)
+        for path in (Path(made), output / "report.md"):
+            write_bytes_atomically(pack / path.name, path.read_bytes())
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -169,6 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: build/bench")
     parser.add_argument("--keep", action="store_true", help="write to benchmarks/results/<this machine>")
     parser.add_argument("--only", metavar="PARTS", help="names of parts, with commas between")
+    parser.add_argument("--pack", metavar="DIR", type=Path, help="also report.md and an archive there")
     parser.add_argument("--minutes", type=float, default=15, help="time limit of everything (default: 15)")
     return parser.parse_args(argv)
 
@@ -186,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = tuple(part for part in parts if part.name in wanted)
     kept = HERE / "results" / machine.slug(device) if arguments.keep else ROOT / "build" / "bench"
     output = (arguments.output or kept).resolve()
-    bad = run_all(parts, output, device, arguments.minutes)
+    bad = run_all(parts, output, device, arguments.minutes, arguments.pack)
     print(report.summary(output))
     print(
         f"report: {output / 'report.md'}" + (f"; {bad} of {len(parts)} parts did not finish" if bad else "")

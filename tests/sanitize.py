@@ -1,7 +1,7 @@
 """The CUDA operators under compute-sanitizer: memcheck, racecheck, initcheck, synccheck (`make sanitize`).
 
     python tests/sanitize.py                  # on a machine with a GPU; some minutes
-    python tests/sanitize.py --tool racecheck
+    python tests/sanitize.py --tool racecheck --calls 40
     python tests/sanitize.py --cases cpu      # only call the operators, without the sanitizer
 
 A small set of cases, one for each path through the kernels, forward and backward. PyTorch's caching of memory
@@ -16,6 +16,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -34,44 +36,62 @@ def _random(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.randn(*shape, device=device).to(dtype).requires_grad_()
 
 
-def run_cases(device: str) -> int:
-    """Call every operator, forward and backward, on every case; returns the number of calls."""
-    torch.manual_seed(0)
-    calls = 0
-    noise_key = torch.tensor([1234, 5678], device=device)
-    for shape, dtype, hard, shared in itertools.product(ASSIGN_SHAPES, DTYPES, (True, False), (True, False)):
-        batch, groups, tokens, channels = shape
-        query = _random(batch, groups, channels, dtype=dtype, device=device)
-        key = _random(batch, tokens, channels, dtype=dtype, device=device)
-        value = key if shared else _random(batch, tokens, channels, dtype=dtype, device=device)
-        bias = _random(batch, groups, dtype=dtype, device=device)
-        result = ops.gumbel_assign(query, key, value, bias=bias, hard=hard, noise_key=noise_key)
-        result.output.sum().backward()
-        calls += 1
-    for shape, dtype in itertools.product(ATTENTION_SHAPES, DTYPES):
-        batch, heads, groups, tokens, depth = shape
-        rows = (groups, tokens, tokens)
-        inputs = [_random(batch, heads, n, depth, dtype=dtype, device=device) for n in rows]
-        ops.group_attention(*inputs).sum().backward()
-        calls += 1
-    for (source, size), dtype in itertools.product(MASK_SIZES, DTYPES):
-        maps = _random(2, 8, *source, dtype=dtype, device=device)
-        ops.upsample_masks(maps, size).sum().backward()
-        target = torch.randint(0, 21, (2, *size), device=device)
-        scores = torch.randn(2, 8, 20, device=device)
-        ops.decode_masks(maps, scores, size, background_threshold=0.5, target=target, num_classes=21)
-        calls += 1
-    if device == "cuda":
-        torch.cuda.synchronize()
+def all_calls(device: str) -> list[Callable[[], None]]:
+    """Every operator, forward and backward, on every case."""
+    assign = itertools.product(ASSIGN_SHAPES, DTYPES, (True, False), (True, False))
+    calls = [partial(_assign, device, *case) for case in assign]
+    calls += [partial(_attend, device, *case) for case in itertools.product(ATTENTION_SHAPES, DTYPES)]
+    calls += [partial(_masks, device, *case) for case in itertools.product(MASK_SIZES, DTYPES)]
     return calls
 
 
-def sanitize(tool: str) -> int:
-    """Run all cases under one tool; returns its exit status, 0 when nothing was found."""
+def _assign(device: str, shape: tuple[int, ...], dtype: torch.dtype, hard: bool, shared: bool) -> None:
+    batch, groups, tokens, channels = shape
+    query = _random(batch, groups, channels, dtype=dtype, device=device)
+    key = _random(batch, tokens, channels, dtype=dtype, device=device)
+    value = key if shared else _random(batch, tokens, channels, dtype=dtype, device=device)
+    bias = _random(batch, groups, dtype=dtype, device=device)
+    noise_key = torch.tensor([1234, 5678], device=device)
+    result = ops.gumbel_assign(query, key, value, bias=bias, hard=hard, noise_key=noise_key)
+    result.output.sum().backward()
+
+
+def _attend(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, heads, groups, tokens, depth = shape
+    rows = (groups, tokens, tokens)
+    inputs = [_random(batch, heads, n, depth, dtype=dtype, device=device) for n in rows]
+    ops.group_attention(*inputs).sum().backward()
+
+
+def _masks(device: str, sizes: tuple[tuple[int, int], tuple[int, int]], dtype: torch.dtype) -> None:
+    source, size = sizes
+    maps = _random(2, 8, *source, dtype=dtype, device=device)
+    ops.upsample_masks(maps, size).sum().backward()
+    target = torch.randint(0, 21, (2, *size), device=device)
+    scores = torch.randn(2, 8, 20, device=device)
+    ops.decode_masks(maps, scores, size, background_threshold=0.5, target=target, num_classes=21)
+
+
+def run_cases(device: str, most: int | None = None) -> int:
+    """Make all calls, or `most` of them, evenly from all; returns their number."""
+    torch.manual_seed(0)
+    calls = all_calls(device)
+    if most is not None and most < len(calls):
+        calls = [calls[number * len(calls) // most] for number in range(most)]
+    for call in calls:
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return len(calls)
+
+
+def sanitize(tool: str, most: int | None) -> int:
+    """Run the cases under one tool; returns its exit status, 0 when nothing was found."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
     if tool == "memcheck":
         command += ["--leak-check", "no"]
     command += [sys.executable, __file__, "--cases", "cuda"]
+    command += ["--calls", str(most)] if most is not None else []
     print(f"--- {tool}", flush=True)
     return subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode
 
@@ -84,9 +104,10 @@ def main() -> None:
     parser.add_argument(
         "--cases", choices=("cpu", "cuda"), help="call the operators there, without the sanitizer"
     )
+    parser.add_argument("--calls", metavar="N", type=int, help="only N of the cases, evenly from all")
     options = parser.parse_args()
     if options.cases:
-        print(f"{run_cases(options.cases)} calls, forward and backward, on {options.cases}")
+        print(f"{run_cases(options.cases, options.calls)} calls, forward and backward, on {options.cases}")
         return
     if not torch.cuda.is_available():
         sys.exit(
@@ -96,7 +117,9 @@ def main() -> None:
         sys.exit(
             "compute-sanitizer is not on the path; it comes with the CUDA toolkit (bin/compute-sanitizer)"
         )
-    failed = [tool for tool in ([options.tool] if options.tool else TOOLS) if sanitize(tool) != 0]
+    failed = [
+        tool for tool in ([options.tool] if options.tool else TOOLS) if sanitize(tool, options.calls) != 0
+    ]
     if failed:
         sys.exit(f"found by {', '.join(failed)}: see above")
     print("nothing found")

@@ -22,6 +22,12 @@ def test_every_case_can_be_called():
     assert done.stdout.startswith("69 calls")
 
 
+def test_fewer_cases_can_be_asked_for():
+    done = run("--cases", "cpu", "--calls", "40")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("40 calls")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = run()

@@ -32,6 +32,11 @@ def python(name: str, code: str, seconds: float = 60, **more: str) -> Part:
     return Part(name, seconds, (sys.executable, "-c", code, "{json}"), **more)
 
 
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch):
+    monkeypatch.setattr(bench, "LEAST", 0.5)
+
+
 @pytest.fixture
 def only(monkeypatch):
     def use(*parts: Part) -> None:
@@ -48,7 +53,7 @@ def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys
     only(
         python("broken", "print('all well'); raise ImportError('no apex here')"),
         python("silent", "raise SystemExit(3)"),
-        python("endless", "import time; time.sleep(60)", seconds=5.0),
+        python("endless", "import time; time.sleep(60)", seconds=1.0),
         Part("absent", 9, ("no-such-program",)),
         Part("needy", 9, (sys.executable, "-c", ""), needs="no-such-tool"),
         Part("missing", 9, (sys.executable, "benchmarks/no_bench.py")),
@@ -60,7 +65,7 @@ def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys
     assert told == {
         "broken": ("failed", "status 1: ImportError: no apex here"),
         "silent": ("failed", "status 3: it said nothing"),
-        "endless": ("cut off", "longer than 5 s"),
+        "endless": ("cut off", "longer than 1 s"),
         "absent": ("failed", "status 127: no-such-program: No such file or directory"),
         "needy": ("left out", "no-such-tool is not installed"),
         "missing": ("left out", "no_bench.py is not in this checkout"),
@@ -78,7 +83,7 @@ def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys
 def test_a_part_that_is_cut_off_leaves_no_process(tmp_path):
     code = "import os, time, subprocess, sys; print(os.getpid(), flush=True); time.sleep(60)"
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
-    record = bench.run_part(python("endless", nested), tmp_path, "cpu", 5)
+    record = bench.run_part(python("endless", nested), tmp_path, "cpu", 2)
     assert record["status"] == "cut off"
     child = int((tmp_path / "logs/endless.log").read_text())
     deadline = time.monotonic() + 10
