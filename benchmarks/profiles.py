@@ -3,7 +3,7 @@
     python benchmarks/profiles.py --json FILE --output DIR
 
 PyTorch's profiler times every kernel of one forward and backward per official shape. The slowest of ours then
-run once more under Nsight Compute (ncu), where it is installed and may read the counters; its table goes to DIR.
+run once more under Nsight Compute (ncu), where it is installed and may read the counters: DIR gets its table.
 """
 
 from __future__ import annotations
