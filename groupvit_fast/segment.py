@@ -8,15 +8,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from groupvit_fast.console import UserError, add_common_flags, resolve_device, run_command, write_json
+from groupvit_fast.console import (
+    UserError,
+    add_common_flags,
+    resolve_device,
+    run_command,
+    write_json,
+    write_text_atomically,
+)
 
 DESCRIPTION = """\
-Segment photos into the classes you name. For each photo the output folder gets NAME_overlay.png (regions with
-names), NAME_mask.png (label image with a palette) and NAME.json (share of the pixels of each class).
+Segment photos into the classes you name. For each photo the output folder gets NAME_input_pred_label.png
+(regions with names), NAME_mask.png (label image with a palette) and NAME.json (share of the pixels of each
+class); --modes chooses other pictures, --html writes one page to look at everything in a browser.
 
   python -m groupvit_fast.segment weights photo.jpg --classes "dog, grass, sofa|couch" --output out/
-  python -m groupvit_fast.segment weights photos/ --classes voc21 --background --output out/
+  python -m groupvit_fast.segment weights photos/ --classes voc21 --background --html voc.html
+  python -m groupvit_fast.segment weights 'photos/**/*.jpg' --classes names.txt --modes all
+
+A photo that cannot be used costs one line; the others go on, and the exit status is 1 at the end.
 """
+MOST_CLASSES = 65_535  # what a 16-bit mask holds
+MOST_PAGE_PHOTOS = 200
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -53,22 +66,45 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="score below which --background leaves a pixel out (default: 0.95, the value published for VOC)",
     )
+    _add_output_flags(parser)
     add_protocol_flags(parser)
     add_common_flags(parser, output="folder for the results (default: segmented)")
     parser.set_defaults(output=Path("segmented"))
     return parser
 
 
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    from groupvit_fast.segmentation.modes import MODES
+
+    parser.add_argument(
+        "--modes",
+        default="input_pred_label, mask",
+        metavar="LIST",
+        help=f"pictures to write, between commas: {', '.join(MODES)}; or all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write one page with all photos, which needs no network and no other file",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from groupvit_fast.model import load_model
     from groupvit_fast.segmentation.evaluation import encode_protocol_classes
+    from groupvit_fast.segmentation.modes import parse_modes
     from groupvit_fast.segmentation.options import protocol_from_flags, require_writable
 
-    entries = _read_classes(args.classes)
+    entries, modes = _read_classes(args.classes), parse_modes(args.modes)
     outputs = _name_outputs(_find_images(args.images), args.output)
-    require_writable(args.json)
-    require_writable(args.output, folder=True)
+    if args.html and len(outputs) > MOST_PAGE_PHOTOS:
+        raise UserError(
+            f"--html: {len(outputs)} photos make a page too heavy to open; give at most {MOST_PAGE_PHOTOS}"
+        )
+    for path, folder in ((args.json, False), (args.html, False), (args.output, True)):
+        require_writable(path, folder=folder)
     model = load_model(args.checkpoint, resolve_device(args.device))
     protocol = protocol_from_flags(args, model.config).resolve(
         dataset="your classes",
@@ -76,27 +112,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         image_size=model.config.image.image_size,
         threshold=args.background_threshold if args.background else None,
     )
-    text = encode_protocol_classes(model, entries, protocol)
-    results, failed = [], 0
+    segmenter = Segmenter(model, entries, encode_protocol_classes(model, entries, protocol), protocol)
+    results, shown = [], []
     for path, output in outputs:
         try:
-            results.append(_segment_file(model, path, output, entries, text, protocol))
+            result, part = segmenter.segment(path, output, modes, page=args.html is not None)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            failed += 1
             continue
+        results.append(result)
+        shown.append(part)
         if not args.quiet:
-            print(_summary(results[-1]))
+            print(_summary(result))
     if args.json and results:
-        write_json(
-            args.json, {"checkpoint": str(args.checkpoint), "protocol": protocol.to_dict(), "images": results}
-        )
-    return 1 if failed else 0
+        values = {"checkpoint": str(args.checkpoint), "protocol": protocol.to_dict(), "images": results}
+        write_json(args.json, values)
+    if args.html and results:
+        _write_page(args, protocol, shown)
+    return 1 if len(results) < len(outputs) else 0
+
+
+def _write_page(args: argparse.Namespace, protocol, shown: list[dict]) -> None:
+    from groupvit_fast.segmentation.page import self_contained_page
+
+    title = shown[0]["name"] if len(shown) == 1 else f"{len(shown)} segmented photos"
+    about = [args.checkpoint.resolve().name, f"protocol {protocol.name}"]
+    if protocol.background_threshold is not None:
+        about.append(f"background below {protocol.background_threshold:g}")
+    write_text_atomically(args.html, self_contained_page(title, about, shown))
+    if not args.quiet:
+        print(f"page: {args.html}")
 
 
 def _read_classes(text: str) -> list[str]:
     from groupvit_fast.segmentation.datasets import BENCHMARKS, benchmark_classes
-    from groupvit_fast.segmentation.prompts import BACKGROUND, parse_classes, read_class_file
+    from groupvit_fast.segmentation.prompts import BACKGROUND, parse_classes, read_class_file, synonyms
 
     if text in BENCHMARKS:
         entries = benchmark_classes(text)
@@ -107,6 +157,12 @@ def _read_classes(text: str) -> list[str]:
         entries = entries[1:]
     if not entries:
         raise UserError("the class list has nothing but background; name at least one class")
+    if any(BACKGROUND in map(str.lower, synonyms(entry)) for entry in entries):
+        raise UserError(
+            f"{BACKGROUND!r} is a rule, not a name to look for; leave it out and give --background"
+        )
+    if len(entries) > MOST_CLASSES:
+        raise UserError(f"{len(entries)} classes are more than a mask can hold; give at most {MOST_CLASSES}")
     return entries
 
 
@@ -122,7 +178,7 @@ def _find_images(arguments: Sequence[str]) -> list[Path]:
         elif path.exists() or not glob.has_magic(argument):
             matches = [path]
         else:
-            matches = sorted(map(Path, glob.glob(argument)))
+            matches = sorted(map(Path, glob.glob(argument, recursive=True)))
             if not matches:
                 raise UserError(f"{argument}: the pattern matches no file")
         found += matches
@@ -145,45 +201,76 @@ def _name_outputs(paths: Sequence[Path], folder: Path) -> list[tuple[Path, Path]
     return pairs
 
 
-def _segment_file(model, path: Path, output: Path, entries: Sequence[str], text, protocol) -> dict:
-    import torch
+class Segmenter:
+    """One model and one class list, for any number of photos."""
 
-    from groupvit_fast.data.images import read_image
-    from groupvit_fast.segmentation import pictures
-    from groupvit_fast.segmentation.batch import check_size, segment_batch
-    from groupvit_fast.segmentation.colours import class_colours
-    from groupvit_fast.segmentation.prompts import BACKGROUND, synonyms
+    def __init__(self, model, entries: Sequence[str], text, protocol) -> None:
+        from groupvit_fast.segmentation.prompts import BACKGROUND, synonyms
 
-    image = read_image(path)
-    try:
-        check_size(*image.shape[:2], protocol, model.config.image.patch_size)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    labels = segment_batch(model, [torch.tensor(image)], text, protocol)[0].labels.cpu()
-    background = protocol.background_threshold is not None
-    names = [BACKGROUND] * background + [synonyms(entry)[0] for entry in entries]
-    shares = (torch.bincount(labels.flatten(), minlength=len(names)) / labels.numel()).tolist()
-    result = {
-        "image": str(path),
-        "width": image.shape[1],
-        "height": image.shape[0],
-        "labels": dict(enumerate(names)),
-        "shares": dict(zip(names, shares, strict=True)),
-    }
-    picture = pictures.labelled_overlay(image, labels.numpy(), names, background=background)
-    mask = pictures.mask_picture(labels.numpy(), class_colours(len(names), background=background))
-    for ending, part in (("overlay", picture), ("mask", mask)):
-        file = output.with_name(f"{output.name}_{ending}.png")
-        pictures.save_atomically(part, file)
-        result[ending] = str(file)
-    write_json(output.with_name(f"{output.name}.json"), {**result, "protocol": protocol.to_dict()})
-    return result
+        self.model, self.text, self.protocol = model, text, protocol
+        self.background = protocol.background_threshold is not None
+        self.names = [BACKGROUND] * self.background + [synonyms(entry)[0] for entry in entries]
+
+    def segment(self, path: Path, output: Path, modes: Sequence[str], *, page: bool) -> tuple[dict, dict]:
+        """Write the files of one photo; return its result and, for a page, what the viewer needs of it."""
+        import torch
+
+        from groupvit_fast.data.images import read_image
+
+        image = read_image(path)
+        try:
+            return self._segment(path, image, output, modes, page)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (MemoryError, torch.OutOfMemoryError):
+            size = f"{image.shape[1]} x {image.shape[0]} pixels"
+            raise UserError(f"{path}: not enough memory for {size}; make the image smaller") from None
+
+    def _segment(
+        self, path: Path, image, output: Path, modes: Sequence[str], page: bool
+    ) -> tuple[dict, dict]:
+        import torch
+
+        from groupvit_fast.segmentation.explore import encode_photo, label_photo, score_photo
+        from groupvit_fast.segmentation.modes import MODES, View
+        from groupvit_fast.segmentation.pictures import save_atomically
+
+        photo = encode_photo(self.model, torch.tensor(image), self.protocol)
+        scores = score_photo(self.model, photo, self.text, self.protocol)
+        labels = label_photo(scores, photo.size)
+        shares = (torch.bincount(labels.flatten(), minlength=len(self.names)) / labels.numel()).tolist()
+        view = View(image, labels.int().cpu().numpy(), self.names, self.background, photo, scores)
+        files = {}
+        for mode in modes:
+            file = output.with_name(f"{output.name}_{mode}.png")
+            save_atomically(MODES[mode](view), file)
+            files[mode] = str(file)
+        result = {
+            "image": str(path),
+            "width": image.shape[1],
+            "height": image.shape[0],
+            "labels": dict(enumerate(self.names)),
+            "shares": dict(zip(self.names, shares, strict=True)),
+            "pictures": files,
+        }
+        write_json(output.with_name(f"{output.name}.json"), {**result, "protocol": self.protocol.to_dict()})
+        return result, self._page_part(path.name, view, shares) if page else {}
+
+    def _page_part(self, name: str, view, shares: Sequence[float]) -> dict:
+        from groupvit_fast.segmentation.page import data_url, label_part, photo_part, picture_bytes
+
+        picture = data_url(*picture_bytes(view.image))
+        size = view.photo.size
+        labels = label_part(view.scores, size, self.names, background=self.background, shares=shares)
+        return {**photo_part(name, view.photo, picture), **labels}
 
 
 def _summary(result: dict) -> str:
     shares = sorted(result["shares"].items(), key=lambda pair: -pair[1])
     listed = ", ".join(f"{name} {share:.1%}" for name, share in shares[:6] if share)
-    return f"{result['image']}: {listed} -> {result['overlay']}"
+    files = list(result["pictures"].values())
+    where = ", ".join(files) if len(files) <= 2 else f"{files[0]} and {len(files) - 1} more"
+    return f"{result['image']}: {listed} -> {where}"
 
 
 if __name__ == "__main__":

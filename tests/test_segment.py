@@ -1,6 +1,7 @@
 """The segment command: pictures, masks and shares for one photo or many, and one line for every fault."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from groupvit_fast.console import run_command
 from groupvit_fast.model import create_model, load_model
 from groupvit_fast.segment import main
 from groupvit_fast.segmentation import protocol, segment_image
+from groupvit_fast.segmentation.modes import MODES
 from groupvit_fast.segmentation.prompts import encode_classes
 
 
@@ -38,8 +40,8 @@ def test_one_photo(checkpoint, photo, tmp_path, capsys):
     assert run(checkpoint, photo, "--classes", "dog, grass, sofa|couch", "--output", out, "--json", file) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "photo.json",
+        "photo_input_pred_label.png",
         "photo_mask.png",
-        "photo_overlay.png",
     ]
     model = load_model(checkpoint)
     chosen = protocol("shapes").resolve(dataset="", background=False, image_size=64)
@@ -57,7 +59,7 @@ def test_one_photo(checkpoint, photo, tmp_path, capsys):
         assert values["shares"][name] == pytest.approx((labels == label).mean())
     assert values["protocol"]["name"] == "shapes"
     assert [item["image"] for item in json.loads(file.read_text())["images"]] == [str(photo)]
-    assert "photo_overlay.png" in capsys.readouterr().out
+    assert "photo_input_pred_label.png" in capsys.readouterr().out
 
 
 def test_background(checkpoint, photo, tmp_path):
@@ -142,7 +144,90 @@ def test_a_corrupt_photo_among_good_ones(checkpoint, photo, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {broken}: cannot be read")
     assert captured.err.count("\n") == 1
-    assert {path.name for path in out.iterdir()} == {"photo.json", "photo_mask.png", "photo_overlay.png"}
+    assert {path.name for path in out.iterdir()} == {
+        "photo.json",
+        "photo_mask.png",
+        "photo_input_pred_label.png",
+    }
+
+
+def test_every_picture(checkpoint, photo, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(checkpoint, photo, "--classes", "dog, cat", "--output", out, "--modes", "all") == 0
+    assert {path.stem.removeprefix("photo_") for path in out.glob("*.png")} == set(MODES)
+    result = json.loads((out / "photo.json").read_text())
+    assert list(result["pictures"]) == list(MODES)
+    assert all(Path(file).exists() for file in result["pictures"].values())
+    assert "and 9 more" in capsys.readouterr().out
+
+
+def test_a_page_of_photos(checkpoint, photo, tmp_path, capsys):
+    other, broken, page = tmp_path / "b<i>.jpg", tmp_path / "broken.jpg", tmp_path / "new" / "page.html"
+    other.write_bytes(photo.read_bytes())
+    broken.write_bytes(b"no")
+    words = [checkpoint, photo, broken, other, "--classes", "dog, cat", "--output", tmp_path / "out"]
+    assert run(*words, "--html", page) == 1
+    text = page.read_text()
+    assert "<title>2 segmented photos</title>" in text
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert [item["name"] for item in data["photos"]] == ["photo.jpg", "b<i>.jpg"]
+    shares = json.loads((tmp_path / "out/photo.json").read_text())["shares"]
+    for item in data["photos"][0]["classes"]:
+        assert item["share"] == shares[item["name"]]
+    assert capsys.readouterr().err.startswith(f"error: {broken}")
+
+
+def test_a_page_of_too_many_photos_is_refused_before_any_work(checkpoint, photo, tmp_path, capsys):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(201):
+        (folder / f"{number}.png").touch()
+    words = [checkpoint, folder, "--classes", "dog", "--html", tmp_path / "page.html"]
+    assert run(*words, "--output", tmp_path / "out") == 1
+    assert "201 photos make a page too heavy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ten_thousand_classes(checkpoint, photo, tmp_path):
+    names, out = tmp_path / "names.txt", tmp_path / "out"
+    names.write_text("\n".join(f"thing {number}" for number in range(10_000)))
+    assert run(checkpoint, photo, "--classes", names, "--output", out, "--html", tmp_path / "page.html") == 0
+    shares = json.loads((out / "photo.json").read_text())["shares"]
+    assert len(shares) == 10_000
+    assert sum(shares.values()) == pytest.approx(1)
+    assert (tmp_path / "page.html").stat().st_size < 300_000
+
+
+def test_forty_eight_megapixels(checkpoint, tmp_path):
+    path, out = tmp_path / "large.png", tmp_path / "out"
+    Image.linear_gradient("L").resize((8000, 6000), Image.Resampling.NEAREST).save(path, compress_level=1)
+    words = [checkpoint, path, "--classes", "dog, cat", "--output", out, "--html", tmp_path / "page.html"]
+    assert run(*words) == 0
+    with Image.open(out / "large_mask.png") as mask:
+        assert mask.size == (8000, 6000)
+    with Image.open(out / "large_input_pred_label.png") as picture:
+        assert max(picture.size) == 1920
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif", "gif", "bmp"])
+def test_damaged_files_of_every_kind_cost_one_line_at_most(checkpoint, photo, tmp_path, capsys, kind):
+    rng, folder = np.random.default_rng(5), tmp_path / "damaged"
+    folder.mkdir()
+    with Image.open(photo) as picture:
+        picture.save(tmp_path / f"whole.{kind}")
+    whole = np.frombuffer((tmp_path / f"whole.{kind}").read_bytes(), np.uint8)
+    for number in range(12):
+        data = whole.copy()
+        data[rng.integers(0, min(len(data), 400), 8)] = rng.integers(0, 256, 8)
+        (folder / f"{number}.{kind if kind != 'gif' else 'png'}").write_bytes(data[: len(data) - 40 * number])
+    words = [checkpoint, folder, photo, "--classes", "dog, cat", "--output", tmp_path / "out"]
+    status = run(*words, "--modes", "mask")
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert (tmp_path / "out/photo.json").exists()
+    assert status == (1 if lines else 0)
+    assert len(lines) + len(captured.out.splitlines()) == 13
+    assert all(line.startswith(f"error: {folder}") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +251,10 @@ def test_a_corrupt_photo_among_good_ones(checkpoint, photo, tmp_path, capsys):
             ["{weights}", "{photo}", "--classes", "dog", "--background", "--background-threshold", "2"],
             "0 to 1",
         ),
+        (["{weights}", "{photo}", "--classes", "dog, Background"], "a rule, not a name"),
         (["{weights}", "{photo}", "--classes", "dog", "--json", "{dir}"], "is a folder"),
+        (["{weights}", "{photo}", "--classes", "dog", "--html", "{dir}"], "is a folder"),
+        (["{weights}", "{photo}", "--classes", "dog", "--modes", "final_groups"], "did you mean final_group"),
         (["{dir}/none", "{photo}", "--classes", "dog"], "{dir}/none"),
     ],
 )

@@ -152,6 +152,12 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int, *, text_size: 
     return picture
 
 
+def shown_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) at which a photo of `size` is drawn: large enough to read, at most `MAX_SIDE`."""
+    factor = min(max(1.0, MIN_SIDE / min(size)), MAX_SIDE / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
 def labelled_overlay(
     image: np.ndarray, labels: np.ndarray, names: Sequence[str], *, background: bool = False
 ) -> Image.Image:
@@ -160,9 +166,7 @@ def labelled_overlay(
     Small photos are enlarged so that names can be read, very large ones reduced to `MAX_SIDE` pixels.
     background: label 0 is background, which is left uncoloured and unnamed.
     """
-    height, width = image.shape[:2]
-    factor = min(max(1.0, MIN_SIDE / min(height, width)), MAX_SIDE / max(height, width))
-    size = max(1, round(height * factor)), max(1, round(width * factor))
+    size = shown_size(image.shape[:2])
     colours = class_colours(len(names), background=background)
     large = enlarge(labels, size, smooth=False)
     mixed = overlay(enlarge(image, size, smooth=True), large, colours, clear=0 if background else None)
