@@ -21,6 +21,7 @@ from groupvit_fast.console import UserError
 from groupvit_fast.model import GroupEncoding
 from groupvit_fast.segmentation.batch import PIXELS_PER_FORWARD, check_size
 from groupvit_fast.segmentation.decode import (
+    Rule,
     Window,
     bilinear_taps,
     merge_windows,
@@ -30,10 +31,12 @@ from groupvit_fast.segmentation.decode import (
     score_rows,
     winning_groups,
 )
+from groupvit_fast.segmentation.labelling import labelling
 from groupvit_fast.segmentation.prompts import ClassText, class_embeddings, synonyms
 from groupvit_fast.segmentation.protocols import Protocol
 from groupvit_fast.segmentation.segment import (
     Box,
+    best_name_of_class,
     group_class_scores,
     learnt_scale,
     low_resolution_maps,
@@ -63,11 +66,14 @@ class Scores(NamedTuple):
     """What a class list gives for a photo.
 
     row_of_pixel: int64 [h, w], for each pixel of the resized photo its row of `rows`, float [R, C].
-    groups: [windows, G, K], scores of each final group; background is no class here.
+    rule: how a row becomes a label; by_label: [R, labels], 0..1, the rows as scores of labels.
+    groups: [windows, G, K], 0..1, scores of the classes for each final group; background is none of them.
     """
 
     row_of_pixel: Tensor
     rows: Tensor
+    rule: Rule
+    by_label: Tensor
     groups: Tensor
 
 
@@ -109,21 +115,26 @@ def score_photo(model: torch.nn.Module, photo: EncodedPhoto, text: ClassText, pr
     tables = [group_class_scores(encoding, text, protocol, scale)[0] for encoding in photo.encodings]
     channels = [score_rows(Window(photo.members[0], table), protocol) for table in tables]
     row_of_pixel, rows = merge_windows(photo.members, channels, photo.boxes)
-    return Scores(row_of_pixel, rows, torch.stack(tables))
+    groups, by_label = torch.stack(tables), rows
+    if protocol.class_scores == "late":  # rows are scale x cosine of every name, those of background included
+        own_names = protocol.background_threshold is not None
+        groups, by_label = (best_name_of_class(part.softmax(dim=-1), text) for part in (groups, rows))
+        groups = groups[..., int(own_names) :]
+    return Scores(row_of_pixel, rows, labelling(text, protocol), by_label, groups)
 
 
 def label_photo(scores: Scores, size: tuple[int, int]) -> Tensor:
     """int64 [*size]: the class of each pixel; with a background rule 0 is background and class k is k + 1."""
-    return resize_labels(scores.row_of_pixel, scores.rows, size)
+    return resize_labels(scores.row_of_pixel, scores.rows, size, scores.rule)
 
 
 def score_of_labels(scores: Scores, labels: Tensor) -> Tensor:
-    """float [H, W]: the score that each pixel's own label has there, resized as `label_photo` does."""
+    """float [H, W]: the score that each pixel's own label has there, resized bilinearly."""
     down = bilinear_taps(scores.row_of_pixel.shape[0], labels.shape[0], scores.rows)
     across = bilinear_taps(scores.row_of_pixel.shape[1], labels.shape[1], scores.rows)
     upper, lower = (
         torch.lerp(
-            *(scores.rows[scores.row_of_pixel[y][:, x], labels] for x in (across.first, across.second)),
+            *(scores.by_label[scores.row_of_pixel[y][:, x], labels] for x in (across.first, across.second)),
             across.weight,
         )
         for y in (down.first, down.second)

@@ -7,6 +7,7 @@ import torch
 from groupvit_fast.console import UserError
 from groupvit_fast.segmentation import protocol
 from groupvit_fast.segmentation.batch import segment_batch
+from groupvit_fast.segmentation.evaluation import encode_protocol_classes
 from groupvit_fast.segmentation.explore import (
     TextBank,
     encode_photo,
@@ -27,12 +28,13 @@ def photo_of(tools, shape, seed=0):
     return torch.tensor(tools.blobs(*shape, np.random.default_rng(seed)))
 
 
-@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize("name", ["official", "tcl", "sclip"])
+@pytest.mark.parametrize("threshold", [None, 0.1])
 @pytest.mark.parametrize("shape", SIZES)
-def test_labels_and_groups_are_those_of_the_fast_path(tools, shape, threshold):
+def test_labels_and_groups_are_those_of_the_fast_path(tools, shape, threshold, name):
     model, image = tools.FakeModel().eval(), photo_of(tools, shape)
-    chosen = tools.replace(protocol("official"), **SLIDING, background_threshold=threshold)
-    text = encode_classes(model, NAMES, chosen.templates)
+    chosen = tools.replace(protocol(name), **SLIDING, background_threshold=threshold)
+    text = encode_protocol_classes(model, NAMES, chosen)
     expected = segment_batch(model, [image], text, chosen)[0]
     encoded = model.windows_encoded
     photo = encode_photo(model, image, chosen)
@@ -41,6 +43,8 @@ def test_labels_and_groups_are_those_of_the_fast_path(tools, shape, threshold):
     assert torch.equal(label_photo(scores, shape), expected.labels)
     assert torch.equal(stage_groups(photo, 1, shape), expected.groups)
     assert len(expected.labels.unique()) > 1
+    assert scores.groups.shape == (len(photo.boxes), 6, len(NAMES))
+    assert 0 <= scores.by_label.min() <= scores.by_label.max() <= 1
 
 
 def test_another_class_list_costs_no_encoding(tools):
