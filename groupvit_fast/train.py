@@ -236,8 +236,8 @@ def _headline(config: TrainConfig, trainer: Trainer, samples: int) -> str:
 
 def _report_stop(trainer: Trainer, number: int) -> int:
     print(
-        f"stopped by {signal.Signals(number).name} after step {trainer.step} of {trainer.steps}; saved "
-        f"{trainer.checkpoint}; continue with: {PROGRAM} --resume {shlex.quote(str(trainer.output))}",
+        f"stopped by {signal.Signals(number).name} after step {trainer.step} of {trainer.steps}; "
+        f"saved {trainer.recovery.checkpoint}; continue with: {PROGRAM} --resume {shlex.quote(str(trainer.output))}",
         file=sys.stderr,
     )
     return 128 + number
@@ -258,7 +258,7 @@ def _report(config: TrainConfig, trainer: Trainer, held_out: HeldOut | None, sec
             result |= {f"{name}_before": before[name] for name in ("miou", "oracle_miou", "per_class")}
     result["training"] = {
         "preset": config.preset, "steps": trainer.steps, "seed": config.seed, "seconds": round(seconds, 1),
-        "checkpoint": str(trainer.checkpoint), **trainer.last_record,
+        "checkpoint": str(trainer.recovery.checkpoint), **trainer.last_record,
     }  # fmt: skip
     for path in filter(None, (trainer.output / "result.json", config.json)):
         write_json(path, result)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from groupvit_fast.console import UserError
@@ -104,6 +105,13 @@ class TrainLoader:
     def bad_samples(self) -> int:
         """Samples that passed the index but could not be decoded, and are no longer delivered."""
         return len(self.reader.quarantined)
+
+    def sample_names(self) -> list[str]:
+        """Where the samples of the last batch handed out lie, for messages."""
+        position = self._position - self.options.stride
+        # a maker of its own: the background thread uses the other one
+        samples = BatchMaker(self.reader, self.options).samples_at(position) if position >= 0 else []
+        return [self.reader.name(sample) for sample in self.reader.usable(np.asarray(samples, np.int64))]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that resume right after the last batch handed out."""

@@ -19,12 +19,13 @@ class Grouping(NamedTuple):
     """What a grouping block gives.
 
     groups [B,S,C]; map [B,S,L], the assignment without noise as probabilities over S, or None when it was
-    not asked for; count [B,S], how many image tokens each group received.
+    not asked for; count [B,S], how many image tokens each group received; index [B,L], the group of each.
     """
 
     groups: Tensor
     map: Tensor | None
     count: Tensor
+    index: Tensor
 
 
 class CrossAttention(nn.Module):
@@ -93,14 +94,14 @@ class TokenAssignment(nn.Module):
         absorb_value = self.absorb and not torch.is_grad_enabled()
         value = image if absorb_value else self.value(image)
         logits = {"bias": bias, "scale": self.scale, "tau": self.tau}
-        groups, _, count = ops.gumbel_assign(
+        groups, index, count = ops.gumbel_assign(
             query, key, value, hard=self.hard, noise_key=noise_key, eps=self.eps, **logits
         )
         if absorb_value:
             share = (count / (count + self.eps)).to(groups.dtype)
             groups = groups @ self.value.weight.to(groups.dtype).T + share[..., None] * self.value.bias
         assignment = ops.soft_assignment(query, key, **logits) if return_map else None
-        return Grouping(self.out(groups), assignment, count)
+        return Grouping(self.out(groups), assignment, count, index)
 
 
 class GroupingBlock(nn.Module):
@@ -129,8 +130,8 @@ class GroupingBlock(nn.Module):
         tokens = self.norm_mixed(self.token_mixer(self.norm_tokens(tokens)))
         if self.pre_assign is not None:
             tokens = self.pre_assign(tokens, image)
-        groups, assignment, count = self.assignment(tokens, image, noise_key, return_map)
+        groups, *rest = self.assignment(tokens, image, noise_key, return_map)
         if self.token_residual:
             groups = groups + tokens
         groups = groups + self.mlp(self.norm_groups(groups))
-        return Grouping(groups, assignment, count)
+        return Grouping(groups, *rest)

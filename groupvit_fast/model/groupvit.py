@@ -35,14 +35,15 @@ class GroupEncoding(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """What the losses need: image [B,D] and text [B,1+K,D], projected and not normalised; counts [B,S_i].
+    """What the losses need: image [B,D] and text [B,1+K,D], projected and not normalised; areas [B,G], how
+    many patches of an image each of its groups got.
 
     groups [B,G,D], projected, is None unless asked for.
     """
 
     image: Tensor
     text: Tensor
-    counts: tuple[Tensor, ...]
+    areas: Tensor
     groups: Tensor | None = None
 
 
@@ -124,7 +125,7 @@ class GroupViT(nn.Module):
         # Rows are repeated before the projector: its batch norm must weigh a text as often as it occurs.
         text = self.text_projector(self.text_encoder(texts)[text_index])
         groups = self.image_projector(encoding.groups) if return_groups else None
-        return TrainingOutput(self.image_projector(encoding.pooled), text, encoding.counts, groups)
+        return TrainingOutput(self.image_projector(encoding.pooled), text, encoding.areas, groups)
 
 
 def create_model(name_or_config: str | ModelConfig, *, seed: int | None = None) -> GroupViT:

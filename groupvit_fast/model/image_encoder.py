@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupvit_fast.model.grouping import GroupingBlock
+from groupvit_fast.model.grouping import Grouping, GroupingBlock
 from groupvit_fast.model.layers import TokenMixer, TransformerBlock
 from groupvit_fast.model.presets import ImageConfig
 
@@ -22,13 +22,14 @@ class ImageEncoding(NamedTuple):
 
     groups [B,G,C] after the final norm; pooled [B,C], their mean; maps, per grouping stage the assignment
     without noise [B,S_i,L_i] with L_0 = h * w and L_i = S_(i-1) (empty unless asked for); counts, per stage
-    the number of tokens that each group received [B,S_i].
+    the number of tokens that each group received [B,S_i]; areas [B,G], the patches that end in each group.
     """
 
     groups: Tensor
     pooled: Tensor
     maps: tuple[Tensor, ...]
     counts: tuple[Tensor, ...]
+    areas: Tensor
 
 
 class PatchEmbedding(nn.Module):
@@ -172,9 +173,18 @@ class ImageEncoder(nn.Module):
                 x = groupings[-1].groups
         groups = self.norm(x)
         maps = tuple(grouping.map for grouping in groupings) if return_maps else ()
-        return ImageEncoding(
-            groups, groups.mean(dim=1), maps, tuple(grouping.count for grouping in groupings)
-        )
+        counts = tuple(grouping.count for grouping in groupings)
+        return ImageEncoding(groups, groups.mean(dim=1), maps, counts, patches_per_group(groupings))
+
+
+def patches_per_group(groupings: list[Grouping]) -> Tensor:
+    """How many patches end in each final group [B,G]; those of an earlier group go where the group goes."""
+    areas = groupings[0].count
+    for grouping in groupings[1:]:
+        groups = torch.arange(grouping.count.shape[1], device=areas.device)
+        # a sum, not a scatter: the same bits every time, on a GPU too
+        areas = ((grouping.index[..., None] == groups) * areas[..., None]).sum(dim=1)
+    return areas
 
 
 def stage_noise_key(noise_key: Tensor | None, stage: int, num_stages: int) -> Tensor | None:

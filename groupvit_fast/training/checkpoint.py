@@ -3,11 +3,13 @@
     RUN/checkpoints/step_00000500/
         model.safetensors, config.json   the model, for every command that takes a checkpoint
         README.md                        what it is, for people
+        ema/                             the same for the averaged weights, if there are any
         trainer.pt                       optimiser, data position, counters: what only a resumed run needs
         SHA256SUMS                       of the others, as `sha256sum -c` reads it
 
 A folder is written under a hidden name, forced to the disk and renamed, so that a crash at any moment
-leaves either the new checkpoint or the ones before.
+leaves either the new checkpoint or the ones before. `best` beside the step folders is a link to the one with
+the best evaluation, which is kept.
 """
 
 from __future__ import annotations
@@ -19,39 +21,63 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from groupvit_fast.console import UserError
 from groupvit_fast.model.checkpoint_files import read_checkpoint
 from groupvit_fast.model.checkpoint_write import our_files, write_file
 from groupvit_fast.model.groupvit import GroupViT
+from groupvit_fast.model.presets import ModelConfig
 
 SUMS = "SHA256SUMS"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
-def save(
-    root: Path, step: int, model: GroupViT, state: dict[str, Any], *, keep: int, about: dict[str, Any]
-) -> Path:
-    """Write the checkpoint of `step` below `root`; then remove all but the `keep` newest, and any later ones.
+BEST = "best"
 
-    Later ones are those of a future that this run has left by resuming from an earlier step. `about` goes
-    into config.json and says where the weights come from. A full disk or a forbidden folder is a
-    `UserError`; the checkpoints that exist stay.
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of a run, in host memory: what training does next can not change it any more.
+
+    `about` goes into config.json and says where the weights come from; `state` is the trainer's own.
     """
-    final = root / f"step_{step:08d}"
+
+    step: int
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+    about: dict[str, Any]
+    ema: dict[str, Tensor] | None = None
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def save(root: Path, snapshot: Snapshot, *, keep: int, best: int | None = None) -> Path:
+    """Write a checkpoint below `root`; then remove all but the `keep` newest and `best`, and any later ones.
+
+    Later ones are those of a future that this run has left by resuming from an earlier step. A full disk or
+    a forbidden folder is a `UserError`; the checkpoints that exist stay.
+    """
+    step = snapshot.step
+    final = step_folder(root, step)
     temporary = root / f".writing-{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".*-step_*"):
             shutil.rmtree(leftover)
         temporary.mkdir()
-        for name, content in _contents(model, state, about).items():
+        for name, content in _contents(snapshot).items():
             write_file(temporary / name, content)
-        _flush(temporary)
+        for folder in [*temporary.glob("*/"), temporary]:
+            _flush(folder)
         if final.exists():
             _remove(final)
         os.rename(temporary, final)
@@ -64,9 +90,21 @@ def save(
             f"cannot save the checkpoint of step {step} in {root}: {error.strerror or error}; {remedy}"
         ) from error
     earlier = [folder for folder in list_steps(root) if _number(folder) <= step]
-    for folder in set(list_steps(root)) - set(earlier[-keep:]):
+    kept = {*earlier[-keep:], *(folder for folder in earlier if _number(folder) == best)}
+    for folder in set(list_steps(root)) - kept:
         _remove(folder)
     return final
+
+
+def mark_best(root: Path, step: int) -> None:
+    """Let the link `best` lead to the checkpoint of `step`; where links can not be made, there is none."""
+    temporary = root / f".{BEST}-link"
+    try:
+        temporary.unlink(missing_ok=True)
+        os.symlink(step_folder(root, step).name, temporary)
+        os.replace(temporary, root / BEST)
+    except OSError:
+        temporary.unlink(missing_ok=True)
 
 
 def find(place: Path, warn: Callable[[str], None]) -> Path | None:
@@ -127,9 +165,14 @@ def load_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def load_weights(folder: Path, model: GroupViT) -> None:
-    """Fill `model` with the weights of a step folder; one of another configuration is a `UserError`."""
-    saved = read_checkpoint(folder)
+def load_weights(folder: Path, model: GroupViT, *, ema: bool = False) -> bool:
+    """Fill `model` with the weights of a step folder; one of another configuration is a `UserError`.
+
+    With `ema` with the averaged ones; returns whether the folder has them.
+    """
+    if ema and not (folder / "ema").is_dir():
+        return False
+    saved = read_checkpoint(folder / "ema" if ema else folder)
     there, here = _flat(saved.config.to_dict()), _flat(model.config.to_dict())
     different = [name for name in here if there[name] != here[name]]
     if different:
@@ -140,6 +183,7 @@ def load_weights(folder: Path, model: GroupViT) -> None:
             "resume with the preset and --model settings it was trained with"
         )
     model.load_state_dict(saved.state)
+    return True
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -149,12 +193,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _contents(model: GroupViT, state: dict[str, Any], about: dict[str, Any]) -> dict[str, bytes]:
+def _contents(snapshot: Snapshot) -> dict[str, bytes]:
     """The files of a checkpoint, made in memory: then a full disk is a plain OSError of our own write."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     trainer = io.BytesIO()
-    torch.save(state, trainer)
-    files = {**our_files(weights, model.config, about), "trainer.pt": trainer.getvalue()}
+    torch.save(snapshot.state, trainer)
+    files = our_files(snapshot.weights, snapshot.config, snapshot.about)
+    if snapshot.ema is not None:
+        about = {**snapshot.about, "weights": "exponential moving average"}
+        averaged = our_files(snapshot.ema, snapshot.config, about)
+        files |= {f"ema/{name}": content for name, content in averaged.items()}
+    files["trainer.pt"] = trainer.getvalue()
     sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
     return {**files, SUMS: sums.encode()}
 

@@ -86,7 +86,11 @@ class TrainConfig:
     )
     compile: bool = option(False, "compile the model with torch.compile (needs a C++ compiler at run time)")
     deterministic: bool = option(True, "on a GPU: kernels that give the same bits every time")
-    max_bad_steps: int = option(10, "give up after so many steps in a row with a non-finite loss or gradient")
+    max_bad_steps: int = option(
+        10,
+        "after so many steps in a row with a non-finite loss or gradient: back to the last good checkpoint",
+    )
+    max_rewinds: int = option(3, "how often that is tried, with other data each time, before training stops")
 
     eval_data: Path | None = option(
         None,
@@ -138,6 +142,7 @@ class TrainConfig:
             "multi_label",
             "contrastive_weight",
             "multi_label_weight",
+            "max_rewinds",
             "seed",
         ):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
@@ -153,7 +158,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "length": ("steps", "batch_size"),
     "optimiser": ("lr", "clip_grad"),
     "losses": ("multi_label", "gumbel"),
-    "precision and safety": ("amp", "max_bad_steps"),
+    "precision and safety": ("amp", "max_rewinds"),
     "evaluation, checkpoints, metrics": ("eval_data", "log_every"),
     "run": ("output", "quiet"),
 }

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+
+class Interrupted(BaseException):
+    """A signal came during work that can be left half-done."""
 
 
 class Interruption:
@@ -15,6 +21,7 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
+        self._may_leave = False
 
     def __enter__(self) -> Interruption:
         # Python delivers signals to the main thread only, and lets only it set handlers
@@ -27,7 +34,20 @@ class Interruption:
         while self._previous:
             signal.signal(*self._previous.popitem())
 
+    @contextlib.contextmanager
+    def ends(self) -> Iterator[None]:
+        """A signal before or in this block leaves it with `Interrupted`: for what is done again later."""
+        if self.signal is not None:
+            raise Interrupted
+        self._may_leave = True
+        try:
+            yield
+        finally:
+            self._may_leave = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self.__exit__()
-        print("stopping after this step (again: at once)", file=sys.stderr)
+        print("stopping (again: at once)", file=sys.stderr)
+        if self._may_leave:
+            raise Interrupted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,17 @@ from groupvit_fast.training.distributed import sum_over_processes, world_size
 
 PLAIN_LINE_SECONDS = 5.0
 """Shortest time between two progress lines where the output is not a terminal."""
+
+
+def group_statistics(areas: Tensor) -> list[Tensor]:
+    """Groups that got patches, how evenly (entropy, 1: all alike, 0: one has all), share of the largest.
+
+    areas [B,G], patches of each group; three 0-dim means over the images. Collapse shows here first.
+    """
+    shares = areas.float() / areas.sum(dim=1, keepdim=True)
+    entropy = torch.special.entr(shares).sum(dim=1) / math.log(max(areas.shape[1], 2))
+    in_use = (areas > 0).sum(dim=1).float()
+    return [in_use.mean(), entropy.mean(), shares.amax(dim=1).mean()]
 
 
 class RunningMeans:
@@ -102,6 +114,13 @@ class ProgressLine:
         self.last_line = -PLAIN_LINE_SECONDS
         terminal = sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if terminal else None
+
+    def restart(self, done: int) -> None:
+        """Go on from step `done`, which may lie behind."""
+        self.first, self.begun = done, time.perf_counter()
+        if self.bar is not None:
+            self.bar.n = done
+            self.bar.refresh()
 
     def advance(self) -> None:
         if self.bar is not None:

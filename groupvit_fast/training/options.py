@@ -87,6 +87,11 @@ def resolve(given: argparse.Namespace, saved: dict[str, Any] | None = None) -> T
     return TrainConfig(**values)
 
 
+def from_values(values: dict[str, Any], origin: str) -> TrainConfig:
+    """The configuration that plain `values`, such as those of `to_yaml`, describe; `origin` is for errors."""
+    return TrainConfig(**{name: _convert(name, value, origin) for name, value in values.items()})
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Options from a YAML file, dashes or underscores alike; an unknown key is an error."""
     try:

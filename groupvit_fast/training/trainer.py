@@ -6,7 +6,6 @@ of (seed, step, rank), so a run that was killed and resumed gives the same bits 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,18 +14,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from groupvit_fast.console import UserError, write_json
+from groupvit_fast.console import write_json
 from groupvit_fast.model.groupvit import GroupViT, TrainingOutput
-from groupvit_fast.training import checkpoint
+from groupvit_fast.training import guard
 from groupvit_fast.training.config import TrainConfig
-from groupvit_fast.training.distributed import StopAgreement, World, from_main, on_main
-from groupvit_fast.training.interruption import Interruption
+from groupvit_fast.training.distributed import StopAgreement, World, from_main
+from groupvit_fast.training.interruption import Interrupted, Interruption
 from groupvit_fast.training.losses import contrastive_loss, multi_label_loss, similarity_scale, text_labels
-from groupvit_fast.training.metrics import Clock, MetricsFile, ProgressLine, RunningMeans
+from groupvit_fast.training.metrics import Clock, MetricsFile, ProgressLine, RunningMeans, group_statistics
 from groupvit_fast.training.optim import GuardedAdamW, Schedule
 from groupvit_fast.training.precision import DTYPES, autocast
+from groupvit_fast.training.recovery import Recovery
 
-PARTS = ("loss", "contrastive", "multi_label", "grad_norm", "groups_in_use")
+PARTS = (
+    "loss", "contrastive", "multi_label", "grad_norm", "groups_in_use", "group_entropy", "largest_group",
+)  # fmt: skip
 """What is averaged on the device between two lines of metrics.jsonl."""
 
 
@@ -39,13 +41,18 @@ class Batch(Protocol):
 
 
 class Loader(Protocol):
-    """An endless source of batches; its state is the position right after the last batch handed out."""
+    """An endless source of batches; its state is the position right after the last batch handed out.
+
+    `bad_samples` counts those left out on the way, `sample_names` names those of the last batch.
+    """
 
     steps_per_epoch: int
+    bad_samples: int
 
     def __iter__(self) -> Iterator[Batch]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def sample_names(self) -> list[str]: ...
 
 
 class Trainer:
@@ -81,46 +88,71 @@ class Trainer:
         self.optimizer = GuardedAdamW(model, config, loss_scaling=dtype == "fp16")
         self.noise_key = torch.tensor([mix(config.seed, self.world.rank), 0], device=device)
         self.means = RunningMeans(PARTS, device)
-        self.step, self.saved_step = 0, -1
+        self.step = 0
         self.evaluations: dict[int, dict[str, Any]] = {}
         self.last_record: dict[str, Any] = {}
-        self.checkpoint: Path | None = None
+        self.last_batch: Batch | None = None
+        self.recovery = Recovery(self)
 
     def fit(self) -> int | None:
         """Train to the last step or until a signal, which is returned; either way the state is saved."""
         self._open()
-        with Interruption() as interruption, closing(self.progress), closing(iter(self.loader)) as batches:
-            self.evaluate_if_due()
+        self.interruption = Interruption()
+        with (
+            self.interruption,
+            closing(self.progress),
+            closing(iter(self.loader)) as batches,
+            self.recovery,
+        ):
             stop = StopAgreement()
+            going = self.evaluate_if_due()
             self.clock.restart()
-            while self.step < self.steps and not stop.reached(interruption.signal is not None):
+            while going and self.step < self.steps and not stop.reached(self.interruption.signal is not None):
                 self.train_step(self.clock.next(batches))
-                # ---- training ends, diagnostics begin ----
-                self.progress.advance()
-                if self.step % self.config.log_every == 0 or self.step == self.steps:
-                    self.log()
-                if self.step % self.config.save_every == 0 or self.step == self.steps:
-                    self.save()
-                self.evaluate_if_due()
-            if self.saved_step != self.step:
-                self.save()
-        return interruption.signal if self.step < self.steps else None
+                going = self.after_step()
+            if self.recovery.saved_step != self.step:
+                self.recovery.save()
+        return self.interruption.signal if self.step < self.steps or not going else None
 
     def train_step(self, batch: Batch) -> None:
         """One step of optimisation. The host starts work and never waits for a result."""
-        torch.manual_seed(mix(self.config.seed, self.world.rank, self.step))
-        self.noise_key[1].fill_(self.step)
+        self.last_batch = batch
         self.optimizer.remember_statistics()
+        losses, encoded = self.forward_pass(batch, self.forward, self.step)
+        norm, bad = self.optimizer.step(losses[0], self.schedule.rate(self.step))
+        values = [*(loss.detach() for loss in losses), norm, *group_statistics(encoded.areas)]
+        self.means.add(values, bad)
+        self.step += 1
+
+    def forward_pass(
+        self, batch: Batch, forward: nn.Module, step: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], TrainingOutput]:
+        """Losses and encodings of a batch as in step `step`: everything random depends on its number."""
+        # after a rewind a step is done again with other data: with other noise as well
+        again = [self.recovery.rewinds] if self.recovery.rewinds else []
+        torch.manual_seed(mix(self.config.seed, self.world.rank, step, *again))
+        self.noise_key[0].fill_(mix(self.config.seed, self.world.rank, *again))
+        self.noise_key[1].fill_(step)
+        noise_key = self.noise_key if self.config.gumbel else None
         with autocast(self.device, DTYPES[self.dtype]):
-            noise_key = self.noise_key if self.config.gumbel else None
-            encoded = self.forward(
+            encoded = forward(
                 batch.images, batch.texts, batch.text_index, noise_key, return_groups=self.match_groups
             )
-        loss, contrastive, multi_label = self.losses(encoded, batch)
-        norm, bad = self.optimizer.step(loss, self.schedule.rate(self.step))
-        groups_in_use = (encoded.counts[-1] > 0).sum(1).float().mean()
-        self.means.add([loss.detach(), contrastive.detach(), multi_label.detach(), norm, groups_in_use], bad)
-        self.step += 1
+        return self.losses(encoded, batch), encoded
+
+    def after_step(self) -> bool:
+        """What is due after a step besides training; returns whether to go on."""
+        config, last = self.config, self.step == self.steps
+        self.recovery.work.check()
+        self.progress.advance()
+        if self.step % config.log_every == 0 or last:
+            self.log()
+        paused = self.clock.pause()
+        if (self.step % config.save_every == 0 or last) and self.recovery.saved_step != self.step:
+            self.recovery.save()
+        going = self.evaluate_if_due()
+        self.clock.proceed(paused)
+        return going
 
     def losses(self, encoded: TrainingOutput, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The total and its two parts, 0-dim float32; the multi-label part is 0 without prompts."""
@@ -156,73 +188,54 @@ class Trainer:
         if self.metrics:
             self.metrics.write(record)
         self.progress.show(record)
-        in_a_row = int(self.optimizer.bad_in_a_row.item())
-        if in_a_row >= self.config.max_bad_steps:
-            raise UserError(self._diagnosis(in_a_row))
+        guard.check(self, int(self.optimizer.bad_in_a_row.item()))
 
-    def evaluate_if_due(self) -> None:
-        """Evaluate before the first step, every `eval_every`, and after the last, each once."""
+    def evaluate_if_due(self) -> bool:
+        """Evaluate before the first step, every `eval_every`, and after the last, each once.
+
+        Returns False if a signal ended the evaluation, on every process.
+        """
         every = self.config.eval_every
         due = self.step in (0, self.steps) or (every is not None and self.step % every == 0)
         if self.evaluate is None or not due or self.step in self.evaluations:
-            return
-        paused = self.clock.pause()
-        results = None
-        if self.world.is_main:
-            self.model.eval()
-            with torch.no_grad():
-                results = self.evaluate(self.model)
-            self.model.train()
-        self.evaluations[self.step] = from_main(results)
+            return True
+        results = from_main(self._evaluated() if self.world.is_main else None)
+        if isinstance(results, int):
+            self.interruption.signal = results
+            return False
+        self.evaluations[self.step] = results
         if self.world.is_main:
             write_json(self.output / "evaluations.json", self.evaluations)
             self.progress.say(f"step {self.step}: zero-shot mIoU {results['miou']:.3f}")
-        self.clock.proceed(paused)
+        self.recovery.keep_best()
+        return True
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment; every process takes part with its own position in the data."""
-        paused = self.clock.pause()
-        ranks = on_main({"loader": self.loader.state_dict(), "means": self.means.sums.cpu()})
-        if self.world.is_main:
-            state = {
-                "step": self.step,
-                "world_size": self.world.size,
-                "dtype": self.dtype,
-                "optimizer": self.optimizer.state_dict(),
-                "evaluations": json.dumps(self.evaluations),
-                "ranks": ranks,
-            }
-            folder = self.output / "checkpoints"
-            about = {"preset": self.config.preset, "step": self.step}
-            self.checkpoint = checkpoint.save(
-                folder, self.step, self.model, state, keep=self.config.keep_checkpoints, about=about
-            )
-        self.saved_step = self.step
-        self.clock.proceed(paused)
+    def _evaluated(self) -> dict[str, Any] | int:
+        """The results, or the signal that came meanwhile."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.interruption.ends():
+                return self.evaluate(self.model)
+        except Interrupted:
+            return self.interruption.signal
+        finally:
+            self.model.train()
 
     def resume(self, folder: Path, warn: Callable[[str], None]) -> None:
         """Continue from a step folder: weights, optimiser, data, counters. Call before `fit`."""
-        checkpoint.load_weights(folder, self.model)
-        state = checkpoint.load_state(folder)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = self.saved_step = state["step"]
-        self.evaluations = {int(step): result for step, result in json.loads(state["evaluations"]).items()}
-        self.checkpoint = folder
-        if state["world_size"] == self.world.size:
-            own = state["ranks"][self.world.rank]
-            self.loader.load_state_dict(own["loader"])
-            self.means.sums = own["means"].to(self.device)
-        else:
-            warn(
-                f"warning: {folder} was saved by {state['world_size']} processes, this run has "
-                f"{self.world.size}: weights and optimiser continue, the data order starts anew"
-            )
+        self.recovery.resume(folder, warn)
+
+    def open_metrics(self) -> None:
+        """Continue metrics.jsonl and the progress display from the current step."""
+        main = self.world.is_main
+        self.metrics = MetricsFile(self.output / "metrics.jsonl", resume_from=self.step) if main else None
+        self.progress.restart(self.step)
 
     def _open(self) -> None:
         """What only a run that really starts needs: the metrics file, the clock, the progress display."""
-        main = self.world.is_main
-        self.metrics = MetricsFile(self.output / "metrics.jsonl", resume_from=self.step) if main else None
-        self.progress = ProgressLine(total=self.steps, done=self.step, quiet=self.config.quiet or not main)
+        quiet = self.config.quiet or not self.world.is_main
+        self.progress = ProgressLine(total=self.steps, done=self.step, quiet=quiet)
+        self.open_metrics()
         self.clock = Clock()
 
     def _wrapped(self) -> nn.Module:
@@ -236,17 +249,6 @@ class Trainer:
                 model, device_ids=devices, gradient_as_bucket_view=True
             )
         return torch.compile(model) if self.config.compile else model
-
-    def _diagnosis(self, in_a_row: int) -> str:
-        parameter = self.optimizer.first_bad_parameter(self.model)
-        place = f"the gradient of {parameter}" if parameter else "the loss"
-        kept = f"the weights of step {self.step - in_a_row} are kept"
-        if self.checkpoint:
-            kept += f", the last checkpoint is {self.checkpoint}"
-        return (
-            f"training stopped at step {self.step}: {in_a_row} steps in a row gave numbers that are not "
-            f"finite (first found in {place}); {kept}. Try a lower --lr or no --amp, and check the data"
-        )
 
 
 def mix(*values: int) -> int:

@@ -137,7 +137,7 @@ def test_training_output_shapes(small_config, token_rows):
     output = create_model(small_config)(*random_batch(small_config, token_rows))
     assert output.image.shape == (4, 20)
     assert output.text.shape == (4, 3, 20)
-    assert [tuple(count.shape) for count in output.counts] == [(4, 6), (4, 3)]
+    assert output.areas.shape == (4, 3)
 
 
 def test_seed_decides_the_weights_and_leaves_the_global_state(small_config):

@@ -28,6 +28,11 @@ def test_any_size_runs(encoder, device, height, width):
         assert_close(soft.sum(dim=1), torch.ones_like(soft[:, 0]))
     assert_close(encoding.counts[0].sum(dim=1), torch.full((2,), float(cells), device=device))
     assert_close(encoding.pooled, encoding.groups.mean(dim=1))
+    first, last = (soft.argmax(dim=1) for soft in encoding.maps)
+    expected = torch.stack(
+        [torch.bincount(index[group], minlength=3) for index, group in zip(last, first, strict=True)]
+    )
+    assert_close(encoding.areas, expected.to(encoding.areas.dtype))
 
 
 def test_published_model_runs_at_448_pixels():

@@ -24,8 +24,11 @@ MODEL = ModelConfig(image=IMAGE, text=TEXT, embed_dim=8, projector_layers=1)
 STATE = {"step": 1, "moments": torch.arange(5.0), "loader": [{"position": 3, "random": b"\x00\xff"}]}
 
 
-def save(root, step, *, seed=0, keep=9):
-    return checkpoint.save(root, step, create_model(MODEL, seed=seed), STATE, keep=keep, about={"step": step})
+def save(root, step, *, seed=0, keep=9, best=None, ema=False):
+    weights = create_model(MODEL, seed=seed).state_dict()
+    averaged = {name: value + 1 for name, value in weights.items()} if ema else None
+    snapshot = checkpoint.Snapshot(step, MODEL, weights, STATE, {"step": step}, averaged)
+    return checkpoint.save(root, snapshot, keep=keep, best=best)
 
 
 def find(run):

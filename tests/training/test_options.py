@@ -169,8 +169,8 @@ def test_the_list_of_options_is_pinned():
         noun_tags prompt_fill workers steps epochs batch_size lr lr_batch min_lr warmup_lr warmup_steps
         warmup_epochs weight_decay beta1 beta2 eps clip_grad multi_label contrastive_weight
         multi_label_weight multi_label_match merge_captions gumbel amp amp_dtype compile deterministic
-        max_bad_steps eval_data eval_dataset eval_protocol eval_background_threshold eval_every save_every
-        keep_checkpoints log_every output resume device seed json quiet
+        max_bad_steps max_rewinds eval_data eval_dataset eval_protocol eval_background_threshold eval_every
+        save_every keep_checkpoints log_every output resume device seed json quiet
     """
     assert [field.name for field in dataclasses.fields(TrainConfig)] == pinned.split()
 
