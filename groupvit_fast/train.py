@@ -237,7 +237,8 @@ def _headline(config: TrainConfig, trainer: Trainer, samples: int) -> str:
 def _report_stop(trainer: Trainer, number: int) -> int:
     print(
         f"stopped by {signal.Signals(number).name} after step {trainer.step} of {trainer.steps}; "
-        f"saved {trainer.recovery.checkpoint}; continue with: {PROGRAM} --resume {shlex.quote(str(trainer.output))}",
+        f"saved {trainer.recovery.checkpoint}; "
+        f"continue with: {PROGRAM} --resume {shlex.quote(str(trainer.output))}",
         file=sys.stderr,
     )
     return 128 + number

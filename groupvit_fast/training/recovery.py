@@ -120,8 +120,8 @@ class Recovery:
             trainer.loader.load_state_dict(merged([rank["loader"] for rank in ranks]))
             warn(
                 f"warning: {folder} was saved by {state['world_size']} processes, this run has {size}: "
-                "weights, optimiser and the order of the data continue; noise and drop path are drawn per process and "
-                f"differ, and a step now takes {trainer.config.batch_size * size} pairs"
+                "weights, optimiser and the order of the data continue; noise and drop path are per process "
+                f"and differ, and a step now takes {trainer.config.batch_size * size} pairs"
             )
         self.checkpoint, self.saved_step = folder, trainer.step
 

@@ -170,7 +170,7 @@ def test_another_number_of_processes_continues_weights_optimiser_and_data(tmp_pa
     assert again.loader.position == 6
     assert len(said) == 1
     assert "was saved by 1 processes, this run has 2" in said[0]
-    assert "noise and drop path are drawn per process" in said[0]
+    assert "noise and drop path are per process" in said[0]
 
 
 def test_bad_samples_of_all_processes_are_left_out_afterwards():
