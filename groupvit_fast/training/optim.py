@@ -90,8 +90,22 @@ class GuardedAdamW:
 
     def step(self, loss: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """Back-propagate and update; returns the gradient norm and whether the step was bad (0 or 1)."""
+        self.zero_grad()
+        self.backward(loss)
+        return self.update(loss, rate)
+
+    def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
-        (loss * self.loss_scale if self.loss_scaling else loss).backward()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, times the loss scale that `update` divides by."""
+        self.scaled(loss).backward()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.loss_scale if self.loss_scaling else loss
+
+    def update(self, loss: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """Update with the gradients that are there; returns what `step` does. `loss` is only looked at."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) / self.loss_scale
         bad = 1.0 - (norm.isfinite() & loss.detach().isfinite()).float()

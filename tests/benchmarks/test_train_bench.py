@@ -1,0 +1,103 @@
+"""The training benchmark: the same loss first, then a table, parts of a step and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from groupvit_fast.console import run_command
+from groupvit_fast.model.presets import ImageConfig, ModelConfig, TextConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import train_bench
+import train_cases
+
+pytest.importorskip("transformers")
+
+SMALL = ModelConfig(
+    image=ImageConfig(image_size=32, patch_size=8, width=32, heads=2, depths=(1, 1), group_tokens=(4,),
+                      output_groups=(4,)),
+    text=TextConfig(width=32, layers=2, heads=2),
+    embed_dim=16,
+    projector_hidden=32,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(train_bench, "matmul_speed", lambda device, dtype: 1e11)
+    monkeypatch.setattr(
+        train_bench,
+        "model_config",
+        lambda config: replace(SMALL, multi_label_logit_scale=config.multi_label > 0),
+    )
+
+
+@pytest.mark.parametrize("prompts", [0, 2])
+def test_the_baseline_is_checked_and_timed(tmp_path, capsys, prompts):
+    path = tmp_path / "bench.json"
+    arguments = [
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--rounds",
+        "2",
+        "--batch-size",
+        "4",
+        "--json",
+        str(path),
+    ]
+    assert run_command(train_bench.main, [*arguments, "--multi-label", str(prompts)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    steps = {row["contender"]: row for row in rows if row["name"] == "training step"}
+    assert set(steps) == {"ours", "hugging face"}
+    for row in steps.values():
+        assert row["items"] == 4
+        assert row["peak_bytes"] > 0
+        assert row["share_of_matmul"] == pytest.approx(row["flops"] / row["median_s"] / 1e11)
+    assert {row["name"] for row in rows if row.get("unit") == "s"} == {
+        f"part: {name}"
+        for name in (
+            "image forward",
+            "image backward",
+            "text forward",
+            "text backward",
+            "losses",
+            "optimiser",
+        )
+    }
+    assert "pairs/s" in capsys.readouterr().out
+
+
+def test_another_model_is_an_error_not_a_number(monkeypatch, capsys):
+    plain = train_cases.HuggingFace.__init__
+
+    def spoiled(self, *arguments):
+        plain(self, *arguments)
+        with torch.no_grad():
+            self.model.visual_projection[3].bias.add_(0.5)
+
+    monkeypatch.setattr(train_cases.HuggingFace, "__init__", spoiled)
+    assert run_command(train_bench.main, ["--device", "cpu", "--seconds", "0", "--batch-size", "4"]) == 1
+    assert "do not compute the same loss" in capsys.readouterr().err
+
+
+def test_made_up_captions_are_as_long_as_real_ones():
+    batch = train_cases.make_batch(SMALL, 64, 3, "cpu")
+    lengths = batch.texts.argmax(1) + 1
+    captions = lengths[batch.text_index[:, 0]].float()
+    assert 10 < captions.mean() < 15
+    assert len(batch.text_index[:, 0].unique()) > 60
+    assert 7 < lengths[batch.text_index[:, 1:]].float().mean() < 11
+
+
+def test_needed_arithmetic_counts_every_image_and_every_text():
+    one = train_bench.step_flops(SMALL, [5], 1, 0)
+    assert train_bench.step_flops(SMALL, [5] * 4, 4, 0) == pytest.approx(4 * one)
