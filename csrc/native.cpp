@@ -7,6 +7,10 @@
 
 #include "csrc/cpu_dispatch.h"
 
+namespace gvit {
+void define_pictures(pybind11::module_& m);  // csrc/native_pictures.cpp
+}
+
 namespace {
 
 namespace py = pybind11;
@@ -49,4 +53,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "What groupvit_fast was compiled with.";
     m.def("build_info", &build_info);
+    gvit::define_pictures(m);
 }

@@ -17,6 +17,7 @@ import torch
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import sampling, text
+from groupvit_fast.data.augment import Augmentation
 from groupvit_fast.data.decode import DecodeInput, ImageDecoder, undecodable, window_fractions
 from groupvit_fast.data.reader import SampleReader
 
@@ -52,6 +53,7 @@ class BatchOptions:
     num_threads: int
     min_crop: float
     flip: bool
+    augment: Augmentation
 
     def __post_init__(self):
         if self.batch_size < 1 or self.image_size < 1 or self.num_prompts < 0:
@@ -72,6 +74,7 @@ class _Plan:
     """A batch whose images are on their way through the decoder."""
 
     samples: np.ndarray
+    first: int  # position of the first sample
     words: np.ndarray
     captions: list[str]
     encoded: list[np.ndarray]
@@ -126,6 +129,7 @@ class BatchMaker:
             source,
             batch_size=self.options.batch_size,
             image_size=self.options.image_size,
+            layers=self.options.augment.layers,
             device=self.options.device,
             num_threads=self.options.num_threads,
         )
@@ -136,14 +140,16 @@ class BatchMaker:
         first = position + options.rank * options.batch_size
         words = sampling.draws(options.seed, first, options.batch_size)
         encoded, captions = self.reader.read(samples)
-        return _Plan(samples, words, captions, encoded)
+        return _Plan(samples, first, words, captions, encoded)
 
     def _decode_input(self, plan: _Plan) -> DecodeInput:
         width, height = self.reader.width[plan.samples], self.reader.height[plan.samples]
         windows = sampling.crop_windows(width, height, plan.words, self.options.min_crop)
         flips = sampling.uniform(plan.words[:, sampling.FLIP_DRAW]) < 0.5
         mirror = (flips & self.options.flip).astype(np.int32)
-        return DecodeInput(plan.encoded, *window_fractions(windows, width, height), mirror)
+        size = self.options.image_size
+        augmented = self.options.augment.draw(self.options.seed, plan.first, len(plan.samples), size)
+        return DecodeInput(plan.encoded, *window_fractions(windows, width, height), mirror, *augmented)
 
     def _assemble(self, images: torch.Tensor, plan: _Plan) -> Batch:
         options = self.options

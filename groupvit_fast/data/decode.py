@@ -1,14 +1,16 @@
 """The one DALI pipeline, for CPU and GPU: encoded bytes and crop windows in, normalised pixels out.
 
-DALI decodes only the crop window, resizes, flips and normalises. What to decode and where to crop comes from
-outside, sample by sample, because DALI's own webdataset reader cannot shuffle across tars, names no sample
-when one breaks, and dies when a mapped tar is rewritten.
+DALI decodes only the crop window, resizes, augments, flips and normalises. What to decode, where to crop and
+how to augment comes from outside, sample by sample, because DALI's own webdataset reader cannot shuffle
+across tars, names no sample when one breaks, and dies when a mapped tar is rewritten.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +18,11 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from groupvit_fast.data.augment import Layers, erase
+from groupvit_fast.data.augment_dali import augmented
 from groupvit_fast.data.images import IMAGENET_MEAN, IMAGENET_STD
+
+_MEAN, _STD = (255 * np.array(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 class DecodeInput(NamedTuple):
@@ -26,6 +32,8 @@ class DecodeInput(NamedTuple):
     anchor: np.ndarray  # float32 [B, 2]: left and top of the window as fractions of width and height
     extent: np.ndarray  # float32 [B, 2]: its width and height as fractions
     mirror: np.ndarray  # int32 [B]: 1 flips left and right
+    layers: Layers | None = None  # augmentation of the resized crops
+    erased: np.ndarray | None = None  # int64 [B, 5]: rectangles to fill with noise, see Augmentation.draw
 
 
 def window_fractions(
@@ -39,15 +47,22 @@ def window_fractions(
     return (windows[:, :2] / size).astype(np.float32), (windows[:, 2:] / size).astype(np.float32)
 
 
-@pipeline_def(enable_conditionals=False)
-def _image_pipeline(source: Callable[[], DecodeInput], image_size: int, decoder_device: str):
-    encoded, anchor, extent, mirror = fn.external_source(source=source, num_outputs=4, batch=True)
+@pipeline_def(enable_conditionals=True)
+def _image_pipeline(source, image_size: int, layers: int, device: str, crops_only: bool):
+    count = 3 if crops_only else 7 if layers else 4
+    encoded, anchor, extent, *rest = fn.external_source(source=source, num_outputs=count, batch=True)
     pixels = fn.decoders.image_slice(
-        encoded, anchor, extent, axis_names="WH", device=decoder_device, output_type=types.RGB
+        encoded, anchor, extent, axis_names="WH", device=device, output_type=types.RGB
     )
+    if crops_only:
+        return pixels
     pixels = fn.resize(
         pixels, resize_x=image_size, resize_y=image_size, interp_type=types.INTERP_LINEAR, antialias=True
     )
+    mirror, *plan = rest
+    if layers:
+        pixels = augmented(pixels, *plan, layers=layers, size=image_size, gpu=device == "mixed")
+    # Mirrored last, where it costs nothing: the layers' directions are random, so the distribution stays.
     return normalized(pixels, mirror)
 
 
@@ -58,8 +73,8 @@ def normalized(pixels, mirror=0):
         mirror=mirror,
         dtype=types.FLOAT,
         output_layout="CHW",
-        mean=[255 * value for value in IMAGENET_MEAN],
-        std=[255 * value for value in IMAGENET_STD],
+        mean=_MEAN.tolist(),
+        std=_STD.tolist(),
     )
 
 
@@ -75,7 +90,11 @@ def to_torch(pixels, device: torch.device) -> torch.Tensor:
 
 
 class ImageDecoder:
-    """Runs the pipeline on the batches that `source` returns; one batch is decoded ahead."""
+    """Runs the pipeline on the batches that `source` returns; one batch is decoded ahead.
+
+    Every input must have `layers` layers. On a CPU DALI decodes the crop windows and compiled code does the
+    rest, several times faster than DALI's operators there; without it (`native` False) DALI does it all.
+    """
 
     def __init__(
         self,
@@ -84,15 +103,22 @@ class ImageDecoder:
         batch_size: int,
         image_size: int,
         device: torch.device,
+        layers: int = 0,
         num_threads: int = 1,
         prefetch: int = 2,
+        native: bool | None = None,
     ):
         on_gpu = device.type == "cuda"
-        self.device = device
+        self.device, self.image_size, self.num_threads = device, image_size, num_threads
+        self._finish = None if on_gpu or native is False else _compiled_finish()
+        self._source, self._layers = source, layers
+        self._ahead: deque[DecodeInput] = deque()
         self._pipeline = _image_pipeline(
-            source,
+            self._next_input,
             image_size,
+            0 if self._finish else layers,
             "mixed" if on_gpu else "cpu",
+            self._finish is not None,
             batch_size=batch_size,
             num_threads=num_threads,
             device_id=device.index if on_gpu else None,
@@ -100,13 +126,42 @@ class ImageDecoder:
         )
         self._pipeline.build()
 
+    def _next_input(self) -> tuple:
+        """What the pipeline reads; the rest of the input waits here for its pixels."""
+        item = self._source()
+        self._ahead.append(item)
+        crops = item.encoded, item.anchor, item.extent
+        if self._finish:
+            return crops
+        return *crops, item.mirror, *(item.layers if self._layers else ())
+
     def next(self) -> torch.Tensor:
         """The next batch, float32 [B, 3, H, W], normalised with ImageNet mean and standard deviation.
 
         Raises RuntimeError when any image of the batch cannot be decoded; it is unusable after that.
         """
         (pixels,) = self._pipeline.run()
-        return to_torch(pixels, self.device)
+        item = self._ahead.popleft()
+        images = self._finished(pixels, item) if self._finish else to_torch(pixels, self.device)
+        if item.erased is not None:
+            erase(images, item.erased)
+        return images
+
+    def _finished(self, crops, item: DecodeInput) -> torch.Tensor:
+        """Resize, augment, mirror and normalise decoded crops of any size."""
+        out = torch.empty(len(crops), 3, self.image_size, self.image_size)
+        pictures = [np.asarray(crops[number]) for number in range(len(crops))]
+        layers = item.layers or Layers.none(len(crops))
+        self._finish(pictures, item.mirror, *layers, _MEAN, _STD, out.numpy(), self.num_threads)
+        return out
+
+
+def _compiled_finish() -> Callable[..., None] | None:
+    """The compiled code for CPUs, where the package was built with it."""
+    try:
+        return importlib.import_module("groupvit_fast._native").finish_pictures
+    except (ImportError, AttributeError):
+        return None
 
 
 def undecodable(encoded: Sequence[np.ndarray], device: torch.device) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import text
+from groupvit_fast.data.augment import Augmentation
 from groupvit_fast.data.batches import Batch, BatchMaker, BatchOptions
 from groupvit_fast.data.decode import default_threads, numbered_device, side_stream
 from groupvit_fast.data.index import expand_shards
@@ -56,6 +57,7 @@ class TrainLoader:
         num_threads: int | None = None,
         min_crop: float = 0.08,
         flip: bool = True,
+        augment: Augmentation | None = None,
         cache_dir: Path | None = None,
         quiet: bool = False,
     ):
@@ -74,6 +76,7 @@ class TrainLoader:
             num_threads=num_threads or default_threads(),
             min_crop=min_crop,
             flip=flip,
+            augment=augment or Augmentation(),
         )
         self.reader = SampleReader(expand_shards(shards), cache_dir, quiet)
         self._maker = BatchMaker(self.reader, self.options)

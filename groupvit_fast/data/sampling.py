@@ -17,6 +17,7 @@ FLIP_DRAW = 4 * CROP_ATTEMPTS
 TEXT_DRAW = FLIP_DRAW + 1
 _ORDER_STREAM = 1
 _SAMPLE_STREAM = 2
+_AUGMENT_STREAM = 3
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -27,8 +28,17 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 def draws(seed: int, first: int, count: int) -> np.ndarray:
     """Random uint64 words [count, DRAWS] of the positions first .. first+count-1."""
+    return _words(seed, _SAMPLE_STREAM, first, count)
+
+
+def augment_draws(seed: int, first: int, count: int) -> np.ndarray:
+    """As many other random words of the same positions: those of the augmentation."""
+    return _words(seed, _AUGMENT_STREAM, first, count)
+
+
+def _words(seed: int, stream: int, first: int, count: int) -> np.ndarray:
     counter = first * (DRAWS // 4)  # one Philox block gives 4 words
-    generator = np.random.Philox(key=[_key(seed), _SAMPLE_STREAM], counter=[counter, 0, 0, 0])
+    generator = np.random.Philox(key=[_key(seed), stream], counter=[counter, 0, 0, 0])
     return generator.random_raw(count * DRAWS).reshape(count, DRAWS)
 
 

@@ -42,6 +42,11 @@ class TrainConfig:
     shapes_seed: int = option(0, "seed of the drawn scenes, apart from --seed")
     min_crop: float = option(0.08, "smallest share of an image's area that a training crop keeps")
     flip: bool = option(True, "mirror half of the training images")
+    aa: str | None = option(
+        None, "RandAugment by timm's name, for example rand-m9-mstd0.5-inc1", metavar="POLICY"
+    )
+    color_jitter: float = option(0.0, "strength of colour jitter; as in timm, unused where --aa is given")
+    reprob: float = option(0.0, "probability that a rectangle of an image is replaced by noise")
     prompt_templates: str = option("clip", "sentences around the nouns of prompts", choices=("clip", "noun"))
     noun_tags: str = option(
         "official", "words that count as nouns; official: verbs too", choices=("official", "nouns")
@@ -143,11 +148,13 @@ class TrainConfig:
             "contrastive_weight",
             "multi_label_weight",
             "max_rewinds",
+            "color_jitter",
             "seed",
         ):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(self.lr > 0, self, "lr", "more than 0")
         _require(0 < self.min_crop <= 1, self, "min_crop", "in (0, 1]")
+        _require(0 <= self.reprob <= 1, self, "reprob", "in [0, 1]")
         _require(0 <= self.beta1 < 1, self, "beta1", "in [0, 1)")
         _require(0 <= self.beta2 < 1, self, "beta2", "in [0, 1)")
 

@@ -35,6 +35,9 @@ def groupvit_gcc_yfcc() -> TrainConfig:
         weight_decay=0.05,
         clip_grad=5.0,
         multi_label=3,
+        aa="rand-m9-mstd0.5-inc1",
+        color_jitter=0.4,
+        reprob=0.25,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import shapes
+from groupvit_fast.data.augment import Augmentation, RandAugment
 from groupvit_fast.data.pipeline import TrainLoader
 from groupvit_fast.model.presets import ModelConfig
 from groupvit_fast.training.config import TrainConfig
@@ -37,8 +38,15 @@ def open_loader(
         num_threads=config.workers,
         min_crop=config.min_crop,
         flip=config.flip,
+        augment=augmentation(config),
         quiet=config.quiet or not world.is_main,
     )
+
+
+def augmentation(config: TrainConfig) -> Augmentation:
+    """What the options say is done to the training crops."""
+    rand = RandAugment.parse(config.aa) if config.aa else None
+    return Augmentation(rand, config.color_jitter, config.reprob)
 
 
 def shapes_folder(config: TrainConfig, world: World) -> Path:

@@ -12,6 +12,7 @@ import torch
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import batches, sampling, text
+from groupvit_fast.data.augment import Augmentation, RandAugment
 from groupvit_fast.data.pipeline import TrainLoader
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -275,6 +276,7 @@ def test_bad_options_are_refused_at_once(make_shards, options, message):
 def test_process_ends_while_an_iterator_is_open(make_shards, ending, status):
     (shard,) = make_shards(20)
     script = f"""
+from groupvit_fast.data.augment import Augmentation, RandAugment
 from groupvit_fast.data.pipeline import TrainLoader
 iterator = iter(TrainLoader({str(shard)!r}, batch_size=8, image_size=16, num_threads=1))
 next(iterator)
@@ -283,3 +285,17 @@ next(iterator)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, text=True)
     assert done.returncode == status, done.stderr
     assert "Fatal" not in done.stderr
+
+
+def test_augmented_batches_depend_on_the_position_alone(make_shards):
+    """Threads, batch size and a resume change no bit of the augmented pictures."""
+    shards = make_shards(40)
+    augment = Augmentation(RandAugment(9, 2, 0.5), erase=0.25)
+    whole = torch.cat([b.images for b in take(make_loader(shards, augment=augment), 9)])
+    plain = torch.cat([b.images for b in take(make_loader(shards), 9)])
+    assert 0.4 < (whole != plain).flatten(1).any(1).float().mean() < 0.95
+    other = make_loader(shards, augment=augment, batch_size=12, num_threads=2)
+    first = torch.cat([b.images for b in take(other, 3)])
+    resumed = make_loader(shards, augment=augment, batch_size=12)
+    resumed.load_state_dict(other.state_dict())
+    assert torch.equal(torch.cat([first, *(b.images for b in take(resumed, 3))]), whole)

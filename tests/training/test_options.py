@@ -165,8 +165,9 @@ def test_mistakes_in_model_settings(setting, message):
 def test_the_list_of_options_is_pinned():
     """A flag that appears or goes is a change of the interface: say so here as well."""
     pinned = """
-        preset model data data_root shapes_train shapes_val shapes_seed min_crop flip prompt_templates
-        noun_tags prompt_fill workers steps epochs batch_size lr lr_batch min_lr warmup_lr warmup_steps
+        preset model data data_root shapes_train shapes_val shapes_seed min_crop flip aa color_jitter reprob
+        prompt_templates noun_tags prompt_fill workers steps epochs batch_size lr lr_batch min_lr warmup_lr
+        warmup_steps
         warmup_epochs weight_decay beta1 beta2 eps clip_grad multi_label contrastive_weight
         multi_label_weight multi_label_match merge_captions gumbel amp amp_dtype compile deterministic
         max_bad_steps max_rewinds eval_data eval_dataset eval_protocol eval_background_threshold eval_every
