@@ -69,9 +69,15 @@ def rounding_floors(query, key, value, bias, gradient, options):
 
 
 def check(backend, shape, options, **given):
-    """The whole comparison for one problem: output and gradients against the reference in float64."""
-    query, key, value, bias, gradient = inputs(shape, device=backend.device, **given)
-    cpu_options = options | {"noise_key": options["noise_key"].cpu()} if "noise_key" in options else options
+    """The whole comparison for one random problem: output and gradients against the reference in float64."""
+    check_tensors(backend, inputs(shape, device=backend.device, **given), options)
+
+
+def check_tensors(backend, tensors, options):
+    """The same for given query, key, value, bias and gradient; value and bias may be None."""
+    query, key, value, bias, gradient = tensors
+    noise = options.get("noise_key")
+    cpu_options = options if noise is None else options | {"noise_key": noise.cpu()}
 
     def kernel(query, key, value, bias):
         return backend.gumbel_assign(query, key, key if value is None else value, bias=bias, **options).output
