@@ -118,8 +118,8 @@ def extras(row: Mapping[str, Any]) -> str:
         said.append(f"{row['items'] / row['median_s']:.4g} {row.get('unit', 'items')}/s")
     if "percent_of_copy" in row:
         said.append(f"{row['percent_of_copy']:.0f} % of copy")
-    if "mfu" in row:
-        said.append(f"MFU {row['mfu']:.1%}")
+    if "share_of_matmul" in row:
+        said.append(f"{row['share_of_matmul']:.0%} of a matrix product's rate")
     if "peak_bytes" in row:
         said.append(f"peak {row['peak_bytes'] / 2**20:.1f} MB")
     return ", ".join(said)

@@ -1,0 +1,192 @@
+"""How cost grows with size: batch, tokens, groups, classes, pixels, image side, processes, shards.
+
+    python benchmarks/scaling.py --json FILE            a minute and a half on two cores
+    python benchmarks/scaling.py --only gumbel_assign
+
+For every curve the exponent is fitted to the upper half of its sizes (log of the time against log of the
+size; the time is the tenth percentile, which other work on the machine disturbs least) and compared with
+the largest one that theory allows. All sizes of a curve are timed in turn in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import scaling_ranks
+import stopwatch
+import torch
+from cases import assign_case, attention_case, decode_case
+from machine import Row, describe, one_line, timing_rows, value_row, write_result
+from stopwatch import Timing
+
+from groupvit_fast.console import UserError, resolve_device, run_command
+from groupvit_fast.model import create_model
+
+ALLOWED = 0.15  # above the theory's exponent: noise, and caches that a larger size no longer fits
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`make(size)` gives a call; its time may grow as size ** theory, no faster."""
+
+    axis: str
+    name: str
+    theory: float
+    sizes: tuple[int, ...]
+    make: Callable[[int], Callable[[], object]]
+
+
+def operator_curves(device: str) -> list[Curve]:
+    """The operators, forward and backward, along each of their sizes."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    wide = 16 if device == "cuda" else 1
+
+    def assign(batch: int, groups: int, tokens: int) -> Callable[[], object]:
+        case = assign_case(batch, groups, tokens, 384, device, dtype)
+        return case.with_backward(case.candidates["ours"])
+
+    def attend(batch: int, groups: int, tokens: int) -> Callable[[], object]:
+        case = attention_case(batch, 6, groups, tokens, 64, device, dtype)
+        return case.with_backward(case.candidates["ours"])
+
+    def decode(classes: int, side: int) -> Callable[[], object]:
+        return decode_case(wide, classes, (28, 28), (side, side), device, dtype).candidates["ours"]
+
+    batches, tokens = tuple(wide * b for b in (1, 2, 4, 8, 16, 32)), (49, 98, 196, 392, 784)
+    groups = (8, 16, 32, 64, 128)
+    few = 4 * wide
+    return [
+        Curve("batch", "gumbel_assign", 1, batches, lambda n: assign(n, 64, 196)),
+        Curve("batch", "group_attention", 1, batches, lambda n: attend(n, 64, 196)),
+        Curve("tokens", "gumbel_assign", 1, tokens, lambda n: assign(few, 64, n)),
+        Curve("tokens", "group_attention", 1, tokens, lambda n: attend(few, 64, n)),
+        Curve("groups", "gumbel_assign", 1, groups, lambda n: assign(few, n, 196)),
+        Curve("groups", "group_attention", 1, groups, lambda n: attend(few, n, 196)),
+        Curve("classes", "decode_masks", 1, (2, 8, 32, 128, 512), lambda n: decode(n, 448)),
+        Curve("side of the labels, px", "decode_masks", 2, (112, 224, 448, 896), lambda n: decode(21, n)),
+    ]
+
+
+def model_curves(device: str) -> list[Curve]:
+    """The image encoder in evaluation: linear in the batch, at most quadratic in the image's tokens."""
+    model = create_model("groupvit-gcc-yfcc", seed=0).eval().to(device)
+    wide = 16 if device == "cuda" else 1
+
+    def encode(batch: int, side: int) -> Callable[[], object]:
+        pixels = torch.randn(batch, 3, side, side, device=device)
+
+        @torch.inference_mode()
+        def call() -> object:
+            return model.encode_image(pixels)
+
+        return call
+
+    batches = tuple(wide * b for b in (1, 2, 4, 8))
+    return [
+        Curve("batch", "image encoder, 224 px", 1, batches, lambda n: encode(n, 224)),
+        Curve("side of the image, px", "image encoder", 4, (112, 224, 320, 448), lambda n: encode(wide, n)),
+    ]
+
+
+def shard_curve(folder: Path) -> Curve:
+    """Indexing shards for the first time."""
+    from groupvit_fast.data.index import read_indexes
+    from groupvit_fast.data.shapes import write_shapes
+    from groupvit_fast.data.shards import Pair, write_shards
+
+    sizes = (2, 4, 8, 16)
+    shapes = write_shapes(folder / "shapes", train_samples=64, val_samples=1)
+    pixels = shapes.shards[0].read_bytes()
+    image = pixels[pixels.index(b"\xff\xd8\xff") : pixels.index(b"\xff\xd9") + 2]
+    pairs = (Pair(image, "jpg", f"a picture of number {number}") for number in range(sizes[-1] * 256))
+    shards = write_shards(pairs, folder / "shards", samples_per_shard=256)
+
+    def make(count: int) -> Callable[[], object]:
+        def call() -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as cache:
+                read_indexes(shards[:count], Path(cache), quiet=True)
+
+        return call
+
+    return Curve("shards", "index of 256 samples each", 1, sizes, make)
+
+
+def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
+    """Slope of log time over log size, least squares, of the upper half (at least three) of the sizes."""
+    kept = max(3, math.ceil(len(sizes) / 2))
+    x, y = ([math.log(v) for v in values[-kept:]] for values in (sizes, times))
+    middle_x, middle_y = sum(x) / kept, sum(y) / kept
+    covered = sum((a - middle_x) ** 2 for a in x)
+    return sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True)) / covered
+
+
+def curve_rows(curve: Curve, timings: dict[int, Timing]) -> list[Row]:
+    """A row for each point, and the fitted exponent."""
+    rows = []
+    for size, timing in timings.items():
+        case = f"{curve.axis} {size}"
+        rows += timing_rows(curve.name, case, {"ours": timing}, axis=curve.axis, size=size)
+    fitted = exponent(list(timings), [timing.low for timing in timings.values()])
+    more = {"axis": curve.axis, "theory": curve.theory, "excess": fitted - curve.theory}
+    return [*rows, value_row(curve.name, curve.axis, "ours", fitted, "exponent", **more)]
+
+
+def measure(device: str, only: str, seconds: float) -> list[Row]:
+    """All curves whose name contains `only`; prints each exponent as it is known."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        makers: list[Callable[[], list[Curve]]] = [
+            lambda: operator_curves(device),
+            lambda: model_curves(device),
+        ]
+        if device == "cpu":
+            makers.append(lambda: [shard_curve(Path(folder))])
+        for curve in (curve for make in makers for curve in make() if only in curve.name):
+            calls = {size: curve.make(size) for size in curve.sizes}
+            timings = stopwatch.interleaved(calls, device, seconds=seconds, rounds=5)
+            rows += _told(curve_rows(curve, timings))
+    if only in scaling_ranks.NAME and device == "cpu":
+        curve = Curve("processes", scaling_ranks.NAME, 1, scaling_ranks.WORLDS, lambda size: lambda: None)
+        rows += _told(curve_rows(curve, scaling_ranks.measure()))
+    if not rows:
+        raise UserError(f"--only {only}: no curve has such a name")
+    return rows
+
+
+def _told(rows: list[Row]) -> list[Row]:
+    *points, fitted = rows
+    span = f"{points[0]['median_s'] * 1e3:.3g} to {points[-1]['median_s'] * 1e3:.3g} ms"
+    excess = "" if fitted["excess"] <= ALLOWED else "  worse than theory"
+    head = (
+        f"{fitted['name']:<40}{fitted['axis']:<24}{points[0]['size']:>5} to {points[-1]['size']:<5}{span:>22}"
+    )
+    print(f"{head}  exponent {fitted['value']:5.2f}, theory at most {fitted['theory']:g}{excess}", flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--only", default="", metavar="NAME", help="only the curves whose name contains NAME")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time per curve (default: 3)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows as JSON to FILE")
+    arguments = parser.parse_args(argv)
+    device = resolve_device(arguments.device)
+    torch.manual_seed(0)
+    print(one_line(describe(device)))
+    rows = measure(device, arguments.only, arguments.seconds)
+    if arguments.json:
+        write_result(arguments.json, "scaling", rows, device=device, seconds=arguments.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
