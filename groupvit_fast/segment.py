@@ -28,7 +28,6 @@ class); --modes chooses other pictures, --html writes one page to look at everyt
 
 A photo that cannot be used costs one line; the others go on, and the exit status is 1 at the end.
 """
-MOST_CLASSES = 65_535  # what a 16-bit mask holds
 MOST_PAGE_PHOTOS = 200
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -146,24 +145,14 @@ def _write_page(args: argparse.Namespace, protocol, shown: list[dict]) -> None:
 
 def _read_classes(text: str) -> list[str]:
     from groupvit_fast.segmentation.datasets import BENCHMARKS, benchmark_classes
-    from groupvit_fast.segmentation.prompts import BACKGROUND, parse_classes, read_class_file, synonyms
+    from groupvit_fast.segmentation.prompts import foreground_classes, parse_classes, read_class_file
 
     if text in BENCHMARKS:
         entries = benchmark_classes(text)
     else:
         is_file = text.endswith(".txt") or ("," not in text and Path(text).is_file())
         entries = read_class_file(Path(text)) if is_file else parse_classes(text)
-    if entries[0].lower() == BACKGROUND:
-        entries = entries[1:]
-    if not entries:
-        raise UserError("the class list has nothing but background; name at least one class")
-    if any(BACKGROUND in map(str.lower, synonyms(entry)) for entry in entries):
-        raise UserError(
-            f"{BACKGROUND!r} is a rule, not a name to look for; leave it out and give --background"
-        )
-    if len(entries) > MOST_CLASSES:
-        raise UserError(f"{len(entries)} classes are more than a mask can hold; give at most {MOST_CLASSES}")
-    return entries
+    return foreground_classes(entries)
 
 
 def _find_images(arguments: Sequence[str]) -> list[Path]:

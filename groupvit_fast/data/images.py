@@ -38,19 +38,21 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            return decode_image(file, str(path), max_pixels)
+            return decode_image(file, max_pixels)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected an image file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def decode_image(
-    file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+    file: BinaryIO, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
 ) -> np.ndarray:
-    """`read_image` for an open file that errors call `name`; formats: those of Pillow that are let in."""
+    """`read_image` for an open file, which errors do not name; formats: those of Pillow that are let in."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of damage that does not hinder Pillow
@@ -58,18 +60,18 @@ def decode_image(
             image = Image.open(file, formats=formats)
             if image.width * image.height > max_pixels:
                 raise UserError(
-                    f"{name}: {image.width} x {image.height} pixels is above the limit of {max_pixels}; "
+                    f"{image.width} x {image.height} pixels is above the limit of {max_pixels}; "
                     "make the image smaller"
                 )
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError:  # whose text names an object in memory
-        raise UserError(f"{name}: cannot be read as an image (unknown or damaged format)") from None
+        raise UserError("cannot be read as an image (unknown or damaged format)") from None
     except UserError:
         raise
     # A damaged file can raise anything in Pillow's decoders, KeyError and struct.error included.
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: cannot be read as an image ({words})") from None
+        raise UserError(f"cannot be read as an image ({words})") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -108,11 +108,12 @@ def label_part(
     *,
     background: bool,
     shares: Sequence[float] | None = None,
+    colour_numbers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The part of a result that class names decide.
 
     size: (H, W) of the photo; names[k] belongs to label k; shares: of each label, if they were counted at
-    full size.
+    full size; colour_numbers: which of `class_colours` each class has (not background), by default the k-th.
     """
     labels = label_photo(scores, page_size(size))
     own = (score_of_labels(scores, labels).clamp(0, 1) * 255).round().byte()
@@ -126,7 +127,9 @@ def label_part(
     used = used[np.argsort([-shares[label] for label in used], kind="stable")]
     index = np.zeros(len(names), np.int64)
     index[used] = np.arange(len(used))
-    colours = class_colours(len(names), background=background)
+    numbers = np.arange(len(names) - background) if colour_numbers is None else np.array(colour_numbers)
+    colours = class_colours(int(numbers.max()) + 1 + background, background=background)
+    colours = colours[np.concatenate([[0] * background, numbers + background]).astype(int)]
     return {
         "classes": [
             {"name": names[label], "colour": _hex(colours[label]), "share": shares[label]}

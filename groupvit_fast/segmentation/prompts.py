@@ -15,6 +15,7 @@ from groupvit_fast.data.prompts import PROMPT_TEMPLATES
 from groupvit_fast.data.text import tokenize
 
 BACKGROUND = "background"
+MOST_CLASSES = 65_535  # with background, what a 16-bit mask holds
 
 TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "noun": ("{}",),
@@ -90,6 +91,18 @@ def check_classes(entries: Sequence[str], where: str) -> list[str]:
                 raise UserError(f"{where}: {name!r} occurs twice (in {seen[name.lower()]!r} and {entry!r})")
             seen[name.lower()] = entry
     return list(entries)
+
+
+def foreground_classes(entries: Sequence[str], most: int = MOST_CLASSES) -> list[str]:
+    """`entries` without a leading "background", which is a rule and not a name to look for."""
+    entries = list(entries[1:] if entries[0].lower() == BACKGROUND else entries)
+    if not entries:
+        raise UserError("the class list has nothing but background; name at least one class")
+    if any(BACKGROUND in map(str.lower, synonyms(entry)) for entry in entries):
+        raise UserError(f"{BACKGROUND!r} is a rule, not a name to look for; leave it out of the class list")
+    if len(entries) > most:
+        raise UserError(f"the class list has {len(entries)} classes; give at most {most}")
+    return entries
 
 
 def synonyms(entry: str) -> list[str]:

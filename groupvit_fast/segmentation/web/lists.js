@@ -42,7 +42,7 @@ function classList(viewer) {
   const rows = present.map((item) => classRow(viewer, item));
   const rest = total - present.length;
   return [
-    heading("Classes", `${present.length} of ${total}`, button("All", true), button("None", false)),
+    heading("In this photo", `${present.length} of ${total}`, button("All", true), button("None", false)),
     element("ul", { class: "rows" }, ...rows),
     ...(rest ? [element("p", { class: "note" }, `${rest} of the classes ${rest === 1 ? "is" : "are"} nowhere in this photo.`)] : []),
   ];
