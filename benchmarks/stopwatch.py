@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -123,3 +124,14 @@ def _silent() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def once(candidate: Callable[[], object], device: str) -> tuple[float, Any]:
+    """Seconds of one call, finished on the device too, and what it returns."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = candidate()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result

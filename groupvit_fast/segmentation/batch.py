@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from groupvit_fast.console import UserError
+from groupvit_fast.model import GroupEncoding
 from groupvit_fast.segmentation.decode import (
     Segmentation,
     Window,
@@ -36,16 +37,22 @@ PIXELS_PER_FORWARD = 1 << 21
 
 @torch.no_grad()
 def segment_batch(
-    model: torch.nn.Module, images: Sequence[Tensor], text: ClassText, protocol: Protocol
+    model: torch.nn.Module,
+    images: Sequence[Tensor],
+    text: ClassText,
+    protocol: Protocol,
+    *,
+    precision: str = "fp32",
 ) -> list[Segmentation]:
     """`segment_image` for a list of images (uint8 [H, W, 3]) on the model's device, windows batched.
 
-    The result holds the same labels; see the module's docstring for what "same" means.
+    The result holds the same labels; see the module's docstring for what "same" means. precision: "bf16"
+    runs the encoder in bfloat16, which moves some labels.
     """
     device = next(model.parameters()).device
     pixels = [prepare(image.to(device), protocol) for image in images]
     boxes = [window_boxes(*item.shape[-2:], protocol) for item in pixels]
-    windows = encode_windows(model, pixels, boxes, text, protocol)
+    windows = encode_windows(model, pixels, boxes, text, protocol, precision)
     results: list[Segmentation | None] = [None] * len(images)
     single: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, image in enumerate(images):
@@ -77,8 +84,10 @@ def encode_windows(
     boxes: Sequence[Sequence[Box]],
     text: ClassText,
     protocol: Protocol,
+    precision: str = "fp32",
 ) -> list[list[Window]]:
     """Encode the windows of all images, those of one size together, each exactly once."""
+    autocast = torch.autocast(text.embeddings.device.type, torch.bfloat16, enabled=precision == "bf16")
     by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for index, image_boxes in enumerate(boxes):
         for number, box in enumerate(image_boxes):
@@ -90,14 +99,17 @@ def encode_windows(
         for start in range(0, len(members), count):
             part = members[start : start + count]
             crops = [pixels[index][(slice(None), *boxes[index][number].slices())] for index, number in part]
-            encoding = model.encode_groups(torch.stack(crops))
-            scores = group_class_scores(encoding, text, protocol, scale)
-            if not scores.isfinite().all():
-                raise UserError(
-                    "the model gives NaN: these weights are damaged or diverged; use another checkpoint"
-                )
-            for (index, number), *window in zip(
-                part, low_resolution_maps(encoding).float(), scores, strict=True
-            ):
-                windows[index][number] = Window(*window)
+            with autocast:
+                encoding = model.encode_groups(torch.stack(crops))
+            for (index, number), window in zip(part, named(encoding, text, protocol, scale), strict=True):
+                windows[index][number] = window
     return windows
+
+
+def named(encoding: GroupEncoding, text: ClassText, protocol: Protocol, scale: Tensor) -> list[Window]:
+    """What decoding needs of each window of a batch."""
+    scores = group_class_scores(encoding, text, protocol, scale)
+    if not scores.isfinite().all():
+        raise UserError("the model gives NaN: these weights are damaged or diverged; use another checkpoint")
+    maps = low_resolution_maps(encoding).float()
+    return [Window(*window) for window in zip(maps, scores, strict=True)]

@@ -27,7 +27,7 @@ from groupvit_fast.segmentation.segment import Box
 Rule = BestChannel | LateSoftmax
 SCORES_PER_CELL = 1 << 20
 """Where overlapping windows could give more scores than this, only the rows that occur are kept."""
-PIXELS_PER_BLEND = 1 << 16
+SCORES_PER_BLEND = 1 << 17
 PIXELS_PER_BAND = 1 << 20
 
 
@@ -35,7 +35,7 @@ class Segmentation(NamedTuple):
     """Labels of one image and the groups behind them.
 
     labels: int64 [H, W], as `segment_image` returns them.
-    groups: int64 [H, W], window * G + group. Where windows overlap, the one with the nearest centre counts,
+    groups: int32 [H, W], window * G + group. Where windows overlap, the one with the nearest centre counts,
         so that the groups of an image are a partition of its pixels.
     num_groups: windows * G.
     """
@@ -61,9 +61,9 @@ class Window(NamedTuple):
 
 
 class Small(NamedTuple):
-    """A score map before resizing: each pixel's kind, int32 [h, w], and its row of `rows` [R, C]."""
+    """A score map before resizing: each pixel's row of `rows` [R, C], and `uniform_cells` of its kinds."""
 
-    kinds: Tensor
+    cells: Tensor
     label_of_kind: Tensor | None
     row_of_pixel: Tensor
     rows: Tensor
@@ -78,7 +78,7 @@ def decode_single_windows(
     rule = labelling(text, protocol)
     label_of_group = torch.stack([rule.labels(score_rows(window, protocol)) for window in windows])
     labels = label_of_group.gather(1, groups.flatten(1)).view_as(groups)
-    return [Segmentation(*pair, label_of_group.shape[1]) for pair in zip(labels, groups, strict=True)]
+    return [Segmentation(*pair, label_of_group.shape[1]) for pair in zip(labels, groups.int(), strict=True)]
 
 
 def winning_groups(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -110,27 +110,24 @@ def decode_windows(
     """One image from its windows: average the scores where windows overlap, resize to `size`, label."""
     num_groups = len(windows[0].scores)
     members = [
-        winning_groups(window.maps[None], (box.bottom - box.top, box.right - box.left))[0]
+        winning_groups(window.maps[None], (box.bottom - box.top, box.right - box.left))[0].short()
         for window, box in zip(windows, boxes, strict=True)
     ]
     tables = [score_rows(window, protocol) for window in windows]
     row_of_pixel, rows = merge_windows(members, tables, boxes)
-    owners = nearest_windows(members, boxes, num_groups)
-    return Segmentation(
-        resize_labels(row_of_pixel, rows, size, labelling(text, protocol)),
-        resize_nearest(owners, size),
-        num_groups * len(windows),
-    )
+    labels = resize_labels(row_of_pixel, rows, size, labelling(text, protocol))
+    del row_of_pixel
+    return Segmentation(labels, nearest_windows(members, boxes, num_groups, size), num_groups * len(windows))
 
 
 def merge_windows(members: list[Tensor], tables: list[Tensor], boxes: Sequence[Box]) -> tuple[Tensor, Tensor]:
     """Mean scores under overlapping windows as a table.
 
     members: per window the group of each pixel; tables: per window the scores [G, C].
-    Returns: row of each pixel of the resized image, int64 [h, w], and the rows [R, C].
+    Returns: row of each pixel of the resized image, int32 [h, w], and the rows [R, C].
     """
     height, width = max(box.bottom for box in boxes), max(box.right for box in boxes)
-    row_of_pixel = members[0].new_empty(height, width)
+    row_of_pixel = members[0].new_empty((height, width), dtype=torch.int32)
     rows: list[Tensor] = []
     count = 0
     edges_y = sorted({edge for box in boxes for edge in (box.top, box.bottom)})
@@ -154,34 +151,44 @@ def merge_cell(
         if box.top <= cell.top < box.bottom and box.left <= cell.left < box.right
     ]
     groups, channels = tables[0].shape
-    code = torch.zeros((), dtype=torch.int64, device=members[0].device)
+    code = torch.zeros((), dtype=torch.int32, device=members[0].device)
     rows = tables[0].new_zeros(1, channels)
     for index in covering:
         top, left = boxes[index].top, boxes[index].left
         part = members[index][cell.top - top : cell.bottom - top, cell.left - left : cell.right - left]
-        code = code * groups + part
+        code = code * groups + part.int()
         used = torch.arange(len(rows) * groups, device=code.device)
         if len(used) * channels > SCORES_PER_CELL:
             used, code = torch.unique(code, return_inverse=True)
+            code = code.int()
         rows = rows[used // groups] + tables[index][used % groups]
     return code, rows / len(covering)
 
 
-def nearest_windows(members: list[Tensor], boxes: Sequence[Box], num_groups: int) -> Tensor:
-    """window * G + group of each pixel of the resized image, from the window with the nearest centre."""
+def nearest_windows(
+    members: list[Tensor], boxes: Sequence[Box], num_groups: int, size: tuple[int, int]
+) -> Tensor:
+    """window * G + group of each pixel of the original image, from the window with the nearest centre."""
     height, width = max(box.bottom for box in boxes), max(box.right for box in boxes)
-    result = members[0].new_empty(height, width)
-    for top, bottom, first in territories([(box.top, box.bottom) for box in boxes]):
-        for left, right, second in territories([(box.left, box.right) for box in boxes]):
-            index = next(
-                i
-                for i, box in enumerate(boxes)
-                if (box.top, box.bottom, box.left, box.right) == first + second
-            )
-            box = boxes[index]
-            part = members[index][top - box.top : bottom - box.top, left - box.left : right - box.left]
-            result[top:bottom, left:right] = part + index * num_groups
+    result = members[0].new_empty(size, dtype=torch.int32)
+    window_at = {tuple(box): index for index, box in enumerate(boxes)}
+    across = list(territories([(box.left, box.right) for box in boxes]))
+    for top, bottom, (box_top, box_bottom) in territories([(box.top, box.bottom) for box in boxes]):
+        for left, right, (box_left, box_right) in across:
+            index = window_at[box_top, box_left, box_bottom, box_right]
+            lines, rows = nearest_positions(height, size[0], top, bottom)
+            spots, columns = nearest_positions(width, size[1], left, right)
+            part = members[index].index_select(0, (rows - box_top).to(result.device))
+            part = part.index_select(1, (columns - box_left).to(result.device))
+            result[lines, spots] = part.int() + index * num_groups
     return result
+
+
+def nearest_positions(have: int, wanted: int, start: int, end: int) -> tuple[slice, Tensor]:
+    """Which of `wanted` outputs have their centre over inputs `start` to `end` of `have`; those inputs."""
+    under = (torch.arange(wanted) * 2 + 1) * have // (2 * wanted)
+    first, last = torch.searchsorted(under, torch.tensor([start, end])).tolist()
+    return slice(first, last), under[first:last]
 
 
 def territories(spans: list[tuple[int, int]]) -> list[tuple[int, int, tuple[int, int]]]:
@@ -191,45 +198,49 @@ def territories(spans: list[tuple[int, int]]) -> list[tuple[int, int, tuple[int,
     return [(start, end, span) for (start, end), span in zip(pairwise(cuts), spans, strict=True)]
 
 
-def resize_nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Integer [h, w] -> [*size], each pixel the one under its centre."""
-    if tuple(labels.shape) == tuple(size):
-        return labels
-    rows, columns = (
-        (torch.arange(wanted, device=labels.device) * 2 + 1) * have // (2 * wanted)
-        for wanted, have in zip(size, labels.shape, strict=True)
-    )
-    return labels[rows][:, columns]
-
-
 def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int], rule: Rule) -> Tensor:
     """Labels of the bilinearly resized score map that `row_of_pixel` [h, w] and `rows` [R, C] stand for."""
     if tuple(row_of_pixel.shape) == tuple(size):
         return rule.labels(rows)[row_of_pixel]
-    kind_of_row, label_of_kind = rule.kinds(rows)
-    kinds = kind_of_row.int()[row_of_pixel]
+    kinds, label_of_kind = rule.kinds(rows)
+    kinds = kinds.to(torch.int16 if kinds.max() < 1 << 15 else torch.int32)
+    cells = uniform_cells(kinds.index_select(0, row_of_pixel.flatten()).view_as(row_of_pixel))
     rule, rows = rule.select(rows)
-    vertical = bilinear_taps(kinds.shape[0], size[0], rows)
-    horizontal = bilinear_taps(kinds.shape[1], size[1], rows)
+    vertical = bilinear_taps(cells.shape[0], size[0], rows)
+    horizontal = bilinear_taps(cells.shape[1], size[1], rows)
+    small = Small(cells, label_of_kind, row_of_pixel, rows, rule)
+    result = torch.empty(size, dtype=torch.int64, device=rows.device)
     lines = max(1, PIXELS_PER_BAND // size[1])
-    bands = zip(*(part.split(lines) for part in vertical), strict=True)
-    small = Small(kinds, label_of_kind, row_of_pixel, rows, rule)
-    return torch.cat([blend_band(small, Taps(*band), horizontal) for band in bands])
-
-
-def blend_band(small: Small, vertical: Taps, horizontal: Taps) -> Tensor:
-    """`resize_labels` for some output lines, int64: only pixels between different kinds blend their rows."""
-    lines = [small.kinds[y] for y in (vertical.first, vertical.second)]
-    a, b, c, d = (line[:, x] for line in lines for x in (horizontal.first, horizontal.second))
-    result = a.long() if small.label_of_kind is None else small.label_of_kind[a]
-    mixed = (a != b) | (a != c) | (a != d)
-    for y, x in zip(*(part.split(PIXELS_PER_BLEND) for part in mixed.nonzero(as_tuple=True)), strict=True):
-        i, j = (vertical.first[y], vertical.second[y]), (horizontal.first[x], horizontal.second[x])
-        a, b, c, d = (small.rows[small.row_of_pixel[row, column]] for row in i for column in j)
-        wy, wx = vertical.weight[y, None], horizontal.weight[x, None]
-        upper, lower = a * (1 - wx) + b * wx, c * (1 - wx) + d * wx
-        result[y, x] = small.rule.labels(upper * (1 - wy) + lower * wy)
+    bands = zip(*(part.split(lines) for part in (*vertical, result)), strict=True)
+    for *taps, labels in bands:
+        blend_band(small, Taps(*taps), horizontal, labels)
     return result
+
+
+def uniform_cells(kinds: Tensor) -> Tensor:
+    """[h, w] -> the kind of each pixel if its right, lower and lower right neighbours have it, else -1."""
+    cells = kinds.clone()
+    cells[:, :-1].masked_fill_(kinds[:, :-1] != kinds[:, 1:], -1)
+    lower = cells.clone()  # a line in which neighbours agree with the line above, and among themselves
+    lower[:-1].masked_fill_(cells[1:] != kinds[:-1], -1)
+    return torch.minimum(cells, lower)
+
+
+def blend_band(small: Small, vertical: Taps, horizontal: Taps, result: Tensor) -> None:
+    """Some output lines of `resize_labels`: only pixels between different kinds blend their rows."""
+    cells = small.cells.index_select(0, vertical.first).index_select(1, horizontal.first)
+    label_of_kind = small.label_of_kind
+    result.copy_(cells if label_of_kind is None else label_of_kind[cells.clamp(min=0).int()])
+    mixed = (cells < 0).nonzero(as_tuple=True)
+    row_of_pixel, width = small.row_of_pixel.flatten(), small.row_of_pixel.shape[1]
+    count = max(1, SCORES_PER_BLEND // small.rows.shape[1])
+    for y, x in zip(*(part.split(count) for part in mixed), strict=True):
+        i, j = (vertical.first[y], vertical.second[y]), (horizontal.first[x], horizontal.second[x])
+        corners = (row_of_pixel.index_select(0, line * width + spot) for line in i for spot in j)
+        a, b, c, d = (small.rows.index_select(0, corner) for corner in corners)
+        wy, wx = vertical.weight[y, None], horizontal.weight[x, None]
+        upper, lower = a.lerp_(b, wx), c.lerp_(d, wx)
+        result[y, x] = small.rule.labels(upper.lerp_(lower, wy))
 
 
 def bilinear_taps(source: int, wanted: int, like: Tensor) -> Taps:

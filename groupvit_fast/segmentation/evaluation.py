@@ -71,6 +71,7 @@ def evaluate(
     batch_size: int = 64,
     limit: int | None = None,
     background_threshold: float | None = None,
+    precision: str = "fp32",
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -96,7 +97,9 @@ def evaluate(
             read_ahead(dataset, items, 2 * batch_size), protocol, model, None if strict else left_out
         )
         while batch := list(islice(pairs, batch_size)):
-            segmentations = segment_batch(model, [image for image, _ in batch], text, protocol)
+            segmentations = segment_batch(
+                model, [image for image, _ in batch], text, protocol, precision=precision
+            )
             tally.add(segmentations, [target for _, target in batch], model.config.image.output_groups[-1])
             if progress is not None:
                 progress(tally.images + len(left_out), len(items), metrics.mean_iou(tally.confusion))

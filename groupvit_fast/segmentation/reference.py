@@ -28,7 +28,13 @@ def segment_image(model: torch.nn.Module, image: Tensor, text: ClassText, protoc
     Returns: int64 [H, W]; class k is label k, or, where the protocol adds a background channel, label k + 1
     with label 0 for background. `protocol` must have been resolved; the model must be in eval mode.
     """
-    pixels = prepare(image, protocol)
+    return segment_pixels(model, prepare(image, protocol), image.shape[:2], text, protocol)
+
+
+def segment_pixels(
+    model: torch.nn.Module, pixels: Tensor, size: tuple[int, int], text: ClassText, protocol: Protocol
+) -> Tensor:
+    """`segment_image` from the resized and normalised pixels [3, h, w]; size: (H, W) of the labels."""
     height, width = pixels.shape[-2:]
     total = coverage = 0
     for box in window_boxes(height, width, protocol):
@@ -39,7 +45,7 @@ def segment_image(model: torch.nn.Module, image: Tensor, text: ClassText, protoc
         frame = (box.left, width - box.right, box.top, height - box.bottom)
         total = total + F.pad(scores, frame)
         coverage = coverage + F.pad(torch.ones_like(scores[0]), frame)
-    scores = F.interpolate((total / coverage)[None], size=image.shape[:2], mode="bilinear")[0]
+    scores = F.interpolate((total / coverage)[None], size=size, mode="bilinear")[0]
     return label_pixels(scores, text, protocol)
 
 

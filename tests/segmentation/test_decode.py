@@ -6,7 +6,7 @@ import torch
 
 from groupvit_fast.segmentation import decode, protocol, segment_image
 from groupvit_fast.segmentation.batch import segment_batch
-from groupvit_fast.segmentation.decode import Taps, resize_nearest, territories
+from groupvit_fast.segmentation.decode import Taps, territories
 from groupvit_fast.segmentation.prompts import encode_classes
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -97,7 +97,7 @@ def test_a_big_output_is_cut_into_bands(tools, monkeypatch):
     image = torch.tensor(tools.blobs(90, 70, np.random.default_rng(1)))
     whole = segment_batch(model, [image], text, chosen)[0]
     monkeypatch.setattr(decode, "PIXELS_PER_BAND", 7 * 70)
-    monkeypatch.setattr(decode, "PIXELS_PER_BLEND", 11)
+    monkeypatch.setattr(decode, "SCORES_PER_BLEND", 11)
     assert torch.equal(segment_batch(model, [image], text, chosen)[0].labels, whole.labels)
 
 
@@ -143,11 +143,23 @@ def test_territories_by_distance():
                 assert span == spans[int(np.argmin(distances))]
 
 
-def test_resize_nearest_takes_the_pixel_under_the_centre():
-    labels = torch.arange(6).view(2, 3)
-    assert resize_nearest(labels, (4, 6)).tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
-    assert resize_nearest(labels, (1, 1)).tolist() == [[4]]
-    assert resize_nearest(labels, (2, 3)) is labels
+@pytest.mark.parametrize(("have", "wanted"), [(2, 4), (3, 6), (6, 3), (5, 5), (7, 1), (40, 61)])
+def test_nearest_positions_are_under_the_centres(have, wanted):
+    under = [int((k + 0.5) * have / wanted) for k in range(wanted)]
+    for start, end in [(0, have), (0, have // 2), (have // 2, have)]:
+        outputs, inputs = decode.nearest_positions(have, wanted, start, end)
+        assert list(range(wanted))[outputs] == [k for k in range(wanted) if start <= under[k] < end]
+        assert inputs.tolist() == [under[k] for k in range(wanted)[outputs]]
+
+
+def test_uniform_cells_by_looking_at_each():
+    kinds = torch.randint(0, 2, (30, 20), generator=torch.Generator().manual_seed(0))
+    cells = decode.uniform_cells(kinds)
+    for y in range(30):
+        for x in range(20):
+            same = len(kinds[y : y + 2, x : x + 2].unique()) == 1
+            assert cells[y, x] == (kinds[y, x] if same else -1)
+    assert decode.uniform_cells(kinds[:1, :1]).tolist() == kinds[:1, :1].tolist()
 
 
 def test_bilinear_taps_match_interpolate():

@@ -1,0 +1,194 @@
+"""Time a whole zero-shot evaluation against the loop of the released code, on photos of VOC's sizes.
+
+    python benchmarks/eval_bench.py                    a few minutes on two cores
+    python benchmarks/eval_bench.py --images 8         a look
+    python benchmarks/eval_bench.py --device cuda
+
+"reference" is the official way (`segmentation/reference.py`): one image after the other, the encoder twice
+for each window, score maps [C, H, W] of every class, a histogram an image. "ours" is `segmentation.evaluate`.
+Both read the same JPEGs and masks with the same weights, in turn, some images at a time, in one process.
+
+The encoder has the paper's size and random weights, which give no regions; so after it has run its maps are
+replaced by ones that follow the colours of the photo. Before anything is timed the labels are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import eval_photos
+import stopwatch
+import torch
+from eval_photos import ColourGroups, Replay
+from machine import Row, describe, one_line, timing_rows, write_result
+from stopwatch import Timing
+from torch import Tensor
+
+from groupvit_fast.console import UserError, resolve_device, run_command
+from groupvit_fast.model import create_model
+from groupvit_fast.segmentation import VocFolder, evaluate, protocol, segment_image
+from groupvit_fast.segmentation.batch import named, segment_batch
+from groupvit_fast.segmentation.decode import decode_windows
+from groupvit_fast.segmentation.evaluation import encode_protocol_classes, resolve_protocol
+from groupvit_fast.segmentation.metrics import IGNORE, class_iou
+from groupvit_fast.segmentation.prompts import ClassText
+from groupvit_fast.segmentation.reference import segment_pixels
+from groupvit_fast.segmentation.segment import learnt_scale, prepare, window_boxes
+
+AGREEMENT = 0.9999
+CLASSES = {"voc21": (20, 0.95), "context59": (59, None), "coco_object": (80, 0.95)}
+"""Foreground classes and background threshold of the decoding cases."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--images", type=int, default=48, metavar="N", help="photos (default: 48)")
+    parser.add_argument("--part", type=int, default=16, metavar="N", help="photos of one turn (default: 16)")
+    parser.add_argument("--preset", default="groupvit-gcc-yfcc", help="model (default: the paper's)")
+    parser.add_argument("--protocol", default="official", help="default: official")
+    parser.add_argument("--precision", default="fp32", help="of our encoder (default: fp32)")
+    parser.add_argument("--only", choices=("decode", "whole"), help="one half of the benchmark")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time per decoding row (default: 3)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows as JSON to FILE")
+    return parser.parse_args(argv)
+
+
+def reference_loop(model: torch.nn.Module, dataset: VocFolder, chosen) -> Tensor:
+    """The released evaluation: intersection and union of each class, image by image."""
+    text = encode_protocol_classes(model, dataset.foreground, chosen)
+    device = text.embeddings.device
+    classes = len(dataset.class_names)
+    areas = torch.zeros(3, classes)
+    for item in dataset.items:
+        image, target = dataset.read(item)
+        labels = segment_image(model, image.to(device), text, chosen).cpu()
+        labels, target = labels[target != IGNORE], target[target != IGNORE].long()
+        parts = (labels[labels == target], labels, target)
+        areas += torch.stack([torch.histc(part.float(), classes, 0, classes - 1) for part in parts])
+    return areas[0] / (areas[1] + areas[2] - areas[0])
+
+
+def whole_evaluation(args, device: str, folder: Path) -> list[Row]:
+    """Both evaluations over the photos in turns; a row each, time for an image."""
+    dataset = VocFolder(folder)
+    model = ColourGroups(create_model(args.preset, seed=0)).eval().to(device)
+    chosen = protocol(args.protocol)
+    resolved = resolve_protocol(model, dataset, chosen, 0.5)
+    samples: dict[str, list[float]] = {"reference": [], "ours": []}
+    parts = [dataset.items[i : i + args.part] for i in range(0, len(dataset.items), args.part)]
+    check_labels(model, dataset, parts[0][:2], resolved)
+    for part in parts:
+        dataset.items = part
+        ious = {}
+        for name, run in contenders(args, model, dataset, chosen, resolved).items():
+            seconds, ious[name] = stopwatch.once(run, device)
+            samples[name].append(seconds * 1e3 / len(part))
+            print(f"  {name}: {len(part) / seconds:.2f} images/s", flush=True)
+        if args.precision == "fp32" and not torch.allclose(*ious.values(), atol=2e-3, equal_nan=True):
+            raise UserError(f"IoUs differ: {ious}")
+    timings = {name: Timing.of(values) for name, values in samples.items()}
+    return timing_rows("evaluation, an image", args.protocol, timings, items=1, unit="images")
+
+
+def contenders(args, model, dataset, chosen, resolved) -> dict[str, Callable[[], Tensor]]:
+    def ours() -> Tensor:
+        device = next(model.parameters()).device
+        options = {"background_threshold": 0.5, "precision": args.precision}
+        result = evaluate(model, dataset, chosen, device=device, **options)
+        return class_iou(torch.tensor(result.confusion)).float()
+
+    return {"reference": lambda: reference_loop(model, dataset, resolved), "ours": ours}
+
+
+def check_labels(model, dataset, items, chosen) -> None:
+    """Compare the labels of some photos; a benchmark of something else is no benchmark."""
+    text = encode_protocol_classes(model, dataset.foreground, chosen)
+    device = text.embeddings.device
+    images = [dataset.read(item)[0].to(device) for item in items]
+    same = total = 0
+    for image, result in zip(images, segment_batch(model, images, text, chosen), strict=True):
+        expected = segment_image(model, image, text, chosen)
+        same += (expected == result.labels).sum().item()
+        total += expected.numel()
+    print(f"labels: {same} of {total} pixels as in the reference")
+    if same < AGREEMENT * total:
+        raise UserError(f"only {same} of {total} pixels have the label of the reference")
+
+
+def decoding(args, device: str, folder: Path) -> list[Row]:
+    """From encoded windows of one 500 x 375 photo to its labels: time and peak memory."""
+    dataset = VocFolder(folder)
+    image = next(image for image, _ in map(dataset.read, dataset.items) if image.shape[:2] == (375, 500))
+    model = ColourGroups(create_model(args.preset, seed=0)).eval().to(device)
+    rows = []
+    for case, (classes, threshold) in CLASSES.items():
+        chosen = replace(protocol(args.protocol), background_threshold=threshold)
+        chosen = replace(chosen, short_side=chosen.short_side or model.config.image.image_size)
+        text = eval_photos.random_text(classes, model.config.embed_dim).to(device)
+        runs = decoders(model, image.to(device), text, chosen)
+        expected, found = (run() for run in runs.values())
+        if (expected == found).sum() < AGREEMENT * found.numel():
+            raise UserError(f"{case}: {(expected != found).sum()} pixels differ")
+        regions = len(found.unique())
+        timings = stopwatch.interleaved(runs, device, seconds=args.seconds)
+        peaks = {name: stopwatch.peak_memory(run, device) for name, run in runs.items()}
+        rows += timing_rows("decoding, 500 x 375", case, timings, peak_bytes=peaks, labels_seen=regions)
+    return rows
+
+
+def decoders(model, image: Tensor, text: ClassText, chosen) -> dict[str, Callable[[], Tensor]]:
+    """The two ways from the model's encodings, which are made beforehand, to labels."""
+    pixels = prepare(image, chosen)
+    boxes = window_boxes(*pixels.shape[-2:], chosen)
+    size = tuple(image.shape[:2])
+    replay = Replay(model, [pixels[(slice(None), *box.slices())] for box in boxes])
+
+    def ours() -> Tensor:
+        windows = named(replay.all, text, chosen, learnt_scale(replay))
+        return decode_windows(windows, boxes, size, text, chosen).labels
+
+    return {"reference": lambda: segment_pixels(replay.twice(), pixels, size, text, chosen), "ours": ours}
+
+
+def line(rows: list[Row]) -> str:
+    """One aligned line of the table: both contenders of a case."""
+    reference, own = (next(row for row in rows if row["contender"] == name) for name in ("reference", "ours"))
+    text = f"{own['name']:<22}{own['case']:<13}{reference['median_s'] * 1e3:>10.1f} ms"
+    text += f"{own['median_s'] * 1e3:>9.2f} ms{reference['ratio']:>9.1f} x"
+    if "peak_bytes" in own:
+        peaks = [row["peak_bytes"] / 2**20 for row in (reference, own)]
+        text += f"{peaks[0]:>10.1f} MB{peaks[1]:>8.2f} MB{peaks[0] / peaks[1]:>8.1f} x"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    device = resolve_device(args.device)
+    print(one_line(describe(device)))
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        eval_photos.make_photos(Path(folder), args.images)
+        if args.only != "whole":
+            rows += decoding(args, device, Path(folder))
+        if args.only != "decode":
+            rows += whole_evaluation(args, device, Path(folder))
+    print(f"{'':<35}{'reference':>13}{'ours':>12}{'':>11}{'peak memory of tensors':>32}")
+    for case in dict.fromkeys((row["name"], row["case"]) for row in rows):
+        print(line([row for row in rows if (row["name"], row["case"]) == case]))
+    if args.json:
+        settings = {"images": args.images, "preset": args.preset, "protocol": args.protocol}
+        settings |= {"precision": args.precision, "part": args.part}
+        write_result(args.json, "eval_bench", rows, device=device, **settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
