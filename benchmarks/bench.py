@@ -61,7 +61,7 @@ CPU_PARTS = (
     _bench("eval_bench", 140),
     _bench("data_bench", 140),
     _bench("scaling", 120),
-    Part("counts", 50, (PYTHON, "benchmarks/counts.py", "--json", "{json}"), needs="valgrind"),
+    Part("counts", 50, (PYTHON, "benchmarks/counts.py", "--json", "{json}")),
 )
 _TESTS = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 _TESTS += ("-n", "8") if find_spec("xdist") else ()

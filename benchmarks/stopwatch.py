@@ -103,14 +103,19 @@ def peak_memory(candidate: Callable[[], object], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         candidate()
         return torch.cuda.max_memory_allocated() - before
+    peak = now = 0
+    for size in memory_events(candidate):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def memory_events(candidate: Callable[[], object]) -> list[int]:
+    """Bytes of every allocation (positive) and release (negative) of a call on the CPU, in order."""
     with _silent(), torch.profiler.profile(profile_memory=True) as profiler:
         candidate()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = now = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
 
 
 @contextmanager

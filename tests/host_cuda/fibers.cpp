@@ -286,6 +286,7 @@ void run_grid(const LaunchConfig& launch_config) {
     }
     make_fibers(config->block);
     ++launches;
+    ++traffic.launches;
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
         for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
             for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();

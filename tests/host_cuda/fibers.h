@@ -32,6 +32,12 @@ struct Moment {
     int thread = -1;
 };
 
+// What the launches since the last look did with tensors: bytes that their threads asked for.
+struct Traffic {
+    int64_t launches = 0, read = 0, written = 0;
+};
+extern Traffic traffic;
+
 bool in_kernel();
 Moment now();
 bool on_own_stack(const void* address);

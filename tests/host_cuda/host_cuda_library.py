@@ -78,6 +78,12 @@ class Library:
                 ctypes.c_char_p(name),
             )
 
+    def traffic(self) -> tuple[int, int, int]:
+        """Launches since the last look, and bytes of tensors that their threads read and wrote."""
+        result = (ctypes.c_int64 * 3)()
+        self.functions.gvit_host_traffic(result)
+        return tuple(result)
+
     def _with_lines(self, text: str) -> str:
         """Replace code addresses in brackets by file:line."""
         image = self.functions.gvit_host_image()

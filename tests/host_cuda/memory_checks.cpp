@@ -209,6 +209,8 @@ constexpr bool kWatched = false;  // no hooks in that build, so the shadow memor
 constexpr bool kWatched = true;
 #endif
 
+Traffic traffic;
+
 void check_access(const void* address, size_t size, Access access, const void* code) {
     if (!kWatched || !in_kernel() || on_own_stack(address)) return;
     const Region* region = find(address);
@@ -222,6 +224,8 @@ void check_access(const void* address, size_t size, Access access, const void* c
         fault("%zu bytes at [%p] run past the end of %s", size, code, region->name);
     }
     if (access != Access::read && !region->writable) fault("%s written at [%p]: it is an input", region->name, code);
+    if (!region->per_block && access != Access::write) traffic.read += size;
+    if (!region->per_block && access != Access::read) traffic.written += size;
     const Moment moment = now();
     for (size_t i = 0; i < size; ++i) check_cell(*region, offset + i, access, moment, code);
 }
@@ -291,6 +295,10 @@ void async_wait(int groups_left) {
 
 // The interface for Python (library.py): which tensors a launch may touch, and what [addresses] are relative to.
 GVIT_EXPORT uintptr_t gvit_host_image() { return gvit::host::find_image().first; }
+GVIT_EXPORT void gvit_host_traffic(gvit::host::Traffic* result) {
+    *result = gvit::host::traffic;
+    gvit::host::traffic = {};
+}
 GVIT_EXPORT void gvit_host_forget_tensors() {
     gvit::host::registered.clear();
     gvit::host::registered_cells.clear();
