@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import eager
+import sdpa
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from groupvit_fast import ops
@@ -83,7 +83,7 @@ def attention_case(
         shape=f"B{batch} H{heads} {groups}x{tokens} D{depth}",
         candidates={
             "eager": lambda: eager.attention(*leaves),
-            "SDPA": lambda: F.scaled_dot_product_attention(*leaves),
+            **sdpa.candidates(leaves),
             "ours": lambda: ops.group_attention(*leaves),
         },
         check=check,

@@ -78,7 +78,7 @@ def measure(
 
 
 HEADER = (
-    f"{'operator':<16}{'shape':<24}{'pass':<9}{'eager ms':>10}{'best other':>17}{'ours ms':>10}"
+    f"{'operator':<16}{'shape':<24}{'pass':<9}{'eager ms':>10}{'best other':>20}{'ours ms':>10}"
     f"{'p10-p90':>16}{'x eager':>9}{'x other':>9}{'% copy':>8}{'peak MB: eager, ours':>22}"
 )
 
@@ -88,14 +88,14 @@ def line(rows: list[Row]) -> str:
     found = {row["contender"]: row for row in rows}
     eager, own = found.pop("eager"), found.pop("ours")
     best = min(found.values(), key=lambda row: row["median_s"], default=None)
-    other = f"{best['median_s'] * 1e3:.3f} {best['contender']:<7}" if best else "-"
+    other = f"{best['median_s'] * 1e3:.3f} {best['contender']:<10}" if best else "-"
     gain = f"{best['ratio']:.2f}" if best else "-"
     peaks = [row["peak_bytes"] / 2**20 for row in (eager, own)]
     spread = f"{own['p10_s'] * 1e3:.3f}-{own['p90_s'] * 1e3:.3f}"
     operator, _, direction = own["name"].partition(" ")
     short = "fwd" if direction == "forward" else "fwd+bwd"
     return (
-        f"{operator:<16}{own['case']:<24}{short:<9}{eager['median_s'] * 1e3:>10.3f}{other:>17}"
+        f"{operator:<16}{own['case']:<24}{short:<9}{eager['median_s'] * 1e3:>10.3f}{other:>20}"
         f"{own['median_s'] * 1e3:>10.3f}{spread:>16}{eager['ratio']:>9.2f}{gain:>9}"
         f"{own['percent_of_copy']:>8.1f}{peaks[0]:>13.2f}{peaks[1]:>9.2f}"
     )

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import cases
 import kernel_bench
+import sdpa
 import stopwatch
 
 pytestmark = pytest.mark.skipif(not library.HAS_CPU, reason="nothing was compiled")
@@ -75,3 +76,16 @@ def test_peak_memory_counts_what_lives_at_once():
     values = torch.zeros(1 << 18)
     peak = stopwatch.peak_memory(lambda: (values + 1) * 2, "cpu")
     assert peak == pytest.approx(2 * values.nbytes, rel=0.01)
+
+
+def test_every_back_end_of_attention_is_a_candidate():
+    names = list(cases.attention_case(2, 2, 8, 30, 16, "cpu", torch.float32).candidates)
+    assert names == ["eager", "SDPA", "SDPA math", "ours"]
+
+
+def test_a_back_end_that_refuses_is_left_out(monkeypatch):
+    """The flash kernel of GPUs does not run on a CPU's tensors of three dimensions."""
+    leaves = [torch.randn(4, 8, 16, requires_grad=True) for _ in range(3)]
+    named = {"flash": sdpa.SDPBackend.FLASH_ATTENTION, "cudnn": sdpa.SDPBackend.CUDNN_ATTENTION}
+    monkeypatch.setattr(sdpa, "NAMED", {"cpu": named | {"math": sdpa.SDPBackend.MATH}})
+    assert list(sdpa.candidates(leaves)) == ["SDPA", "SDPA math"]
