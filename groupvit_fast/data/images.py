@@ -1,8 +1,7 @@
-"""Reading image files: pixels for segmentation, and a cheap look at the header for the shard index."""
+"""Reading image files as pixels."""
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """ImageNet statistics of red, green and blue, values 0-1: what the models are trained with."""
 MAX_PIXELS = 1 << 26  # 67 megapixels: 200 MB of RGB; anything larger is a mistake or an attack
-FORMATS = ("JPEG", "PNG", "WEBP")
-_EXIF_ORIENTATION = 0x0112
 _PILLOW_ERRORS = (
     UnidentifiedImageError,
     OSError,
@@ -83,23 +80,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         canvas = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
-
-
-def probe_size(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[str, int, int]:
-    """Format, width and height (upright) from the first bytes of an encoded image; nothing is decoded.
-
-    Raises ValueError in a few words when the bytes are none of `formats`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=formats)
-    except _PILLOW_ERRORS as error:
-        if isinstance(error, Image.DecompressionBombError):
-            raise ValueError("too many pixels") from None
-        raise ValueError("not a JPEG, PNG or WebP image") from None
-    width, height = image.size
-    # DALI turns the picture upright while decoding, so the index counts pixels of the upright one.
-    if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
-        width, height = height, width
-    return image.format, width, height

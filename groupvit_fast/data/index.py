@@ -16,9 +16,9 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
 from groupvit_fast.console import UserError, write_bytes_atomically
-from groupvit_fast.data.scan import ShardIndex, file_stamp, scan
+from groupvit_fast.data.scan import COLUMNS, ShardIndex, file_stamp, scan
 
-_COLUMNS = ("image_offset", "image_size", "caption_offset", "caption_size", "width", "height", "key_end")
+_COLUMNS = (*COLUMNS, "key_end")
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -2,32 +2,42 @@
 
 A sample is an image and a caption whose member names differ only in the last extension (img2dataset and
 webdataset layout), in any order in the tar. Anything that training could stumble over is left out and named.
+
+The compiled scan (csrc/shard_scan.cpp) holds no interpreter lock, so threads read several shards at once;
+without it the same rules run in Python (scan_python.py), with the same results.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from groupvit_fast.console import UserError
-from groupvit_fast.data.images import MAX_PIXELS, probe_size
+from groupvit_fast.data.images import MAX_PIXELS
+from groupvit_fast.data.scan_python import PythonScan
 from groupvit_fast.data.text import clean
 
-VERSION = 1  # of the scan's rules: a stored index of another version is made again
+VERSION = 2  # of the scan's rules: a stored index of another version is made again
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "text")
-_KINDS = dict.fromkeys(IMAGE_EXTENSIONS, "image") | dict.fromkeys(CAPTION_EXTENSIONS, "caption")
 MAX_CAPTION_BYTES = 8192  # 77 tokens hardly ever need more; a caption of a megabyte is cut here
-_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-# A damaged header can make tarfile compute an offset that no file has.
-_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError)
-_HEAD_BYTES = 1 << 16
-_TAIL_BYTES = 1 << 10
+COLUMNS = (
+    "image_offset", "image_size", "caption_offset", "caption_size", "width", "height", "caption_hash",
+)  # fmt: skip
+_KINDS = dict.fromkeys(map(str.encode, IMAGE_EXTENSIONS), "image")
+_KINDS |= dict.fromkeys(map(str.encode, CAPTION_EXTENSIONS), "caption")
+_HEAD_BYTES, _TAIL_BYTES = 1 << 13, 1 << 14  # of a tar, to notice that it was written anew
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+Stamp = tuple[int, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -35,13 +45,14 @@ class ShardIndex:
     """The usable samples of one tar, in the order of the tar; every array is int64 [samples]."""
 
     tar: Path
-    stamp: tuple[int, int, int]  # VERSION, size and modification time (ns) of the tar when it was scanned
+    stamp: Stamp  # what `file_stamp` said when the tar was scanned
     image_offset: np.ndarray
     image_size: np.ndarray
     caption_offset: np.ndarray
     caption_size: np.ndarray
     width: np.ndarray
     height: np.ndarray
+    caption_hash: np.ndarray  # equal for equal captions
     key_end: np.ndarray  # end of each key in key_bytes
     key_bytes: bytes
     rejected: tuple[tuple[str, str], ...]  # (key, reason)
@@ -54,123 +65,113 @@ class ShardIndex:
         start = self.key_end[sample - 1] if sample else 0
         return self.key_bytes[start : self.key_end[sample]].decode("utf-8", "surrogateescape")
 
+    def without(self, reasons: dict[int, str]) -> ShardIndex:
+        """The index less the samples that `reasons` tells why to leave out."""
+        keep = np.setdiff1d(np.arange(len(self)), list(reasons))
+        keys = [self.key(sample).encode("utf-8", "surrogateescape") for sample in keep]
+        named = tuple((self.key(sample), reason) for sample, reason in sorted(reasons.items()))
+        return replace(
+            self,
+            **{name: getattr(self, name)[keep] for name in COLUMNS},
+            key_end=_ends(keys),
+            key_bytes=b"".join(keys),
+            rejected=self.rejected + named,
+        )
 
-class _Rejected(Exception):
-    """Why a sample is left out, in a few words."""
+
+class RawScan(NamedTuple):
+    """All samples of a tar, usable or not, as both scans deliver them."""
+
+    is_tar: bool
+    table: np.ndarray  # int64 [samples, 7]: COLUMNS
+    key_end: np.ndarray  # int64 [samples]
+    keys: bytes
+    faults: list[tuple[int, str]]  # (sample, why it cannot be used)
+    unclear: np.ndarray  # samples whose caption may turn out empty once it is cleaned
+    notes: list[tuple[bytes, str]]  # (key, or b"" for the tar; what is wrong)
 
 
 def scan(tar: Path) -> ShardIndex:
     """Read the headers of `tar`, look at each sample's head and tail, and return the usable ones."""
-    stamp = file_stamp(tar)
-    members, notes = _members(tar)
-    rows, keys, rejected = [], [], list(notes)
+    handle = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        stamp = file_stamp(tar)
+        _check_start(tar, handle, stamp[1])
+        raw = _scan_native(handle) if native_module() else _scan_python(handle)
+        if not raw.is_tar:
+            raise UserError(f"{tar}: not a tar file; download it again")
+        return _usable(tar, stamp, raw, _faults(handle, raw))
+    finally:
+        os.close(handle)
+
+
+def file_stamp(tar: Path) -> Stamp:
+    """What must be unchanged for a stored index to be used: VERSION, size, time in ns, hash of both ends."""
     with open(tar, "rb", buffering=0) as file:
-        for key, parts in members.items():
-            try:
-                rows.append(_check_sample(file.fileno(), parts))
-                keys.append(key.encode("utf-8", "surrogateescape"))
-            except _Rejected as reason:
-                rejected.append((key, str(reason)))
-    table = np.array(rows, dtype=np.int64).reshape(len(rows), 6).T
-    key_end = np.cumsum([len(key) for key in keys], dtype=np.int64)
-    return ShardIndex(tar, stamp, *table, key_end, b"".join(keys), tuple(rejected))
+        status = os.fstat(file.fileno())
+        digest = hashlib.blake2b(file.read(_HEAD_BYTES), digest_size=8)
+        digest.update(os.pread(file.fileno(), _TAIL_BYTES, max(0, status.st_size - _TAIL_BYTES)))
+    return VERSION, status.st_size, status.st_mtime_ns, digest.hexdigest()
 
 
-def file_stamp(tar: Path) -> tuple[int, int, int]:
-    """What must be unchanged for a stored index to be used."""
-    status = tar.stat()
-    return VERSION, status.st_size, status.st_mtime_ns
-
-
-def _members(tar: Path) -> tuple[dict[str, dict[str, tuple[int, int]]], list[tuple[str, str]]]:
-    """Group the regular members of a tar as {key: {"image" | "caption": (offset, size)}}, plus complaints."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    notes = []
-    size = tar.stat().st_size
+@cache
+def native_module():
+    """The compiled module, or None where the package was installed without a compiler."""
     try:
-        with tarfile.open(tar, "r:") as archive:
-            try:
-                for member in _forward(archive):
-                    complaint = _file_member(member, size, samples)
-                    if complaint:
-                        notes.append(complaint)
-            except _TAR_ERRORS as error:
-                notes.append((tar.name, f"the tar is cut short ({error})"))
-            notes += _damage(tar, archive.offset, size)
-    except _TAR_ERRORS:
-        if size == 0:
-            raise UserError(f"{tar}: the shard is empty; delete or download it again") from None
-        raise UserError(f"{tar}: not an uncompressed tar; unpack it or download it again") from None
-    return samples, notes
-
-
-def _forward(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar; a header whose size leads backwards would otherwise be read for ever."""
-    end = -1
-    for member in archive:
-        archive.members.clear()  # a shard has tens of thousands; they are not needed again
-        if member.size < 0 or archive.offset <= end:
-            raise tarfile.ReadError("a header points backwards")
-        end = archive.offset
-        yield member
-
-
-def _file_member(member: tarfile.TarInfo, tar_size: int, samples: dict) -> tuple[str, str] | None:
-    """Add one member to `samples`; return (key, reason) when it has to be left out with a word."""
-    key, _, extension = member.name.rpartition(".")
-    extension = extension.lower()
-    kind = _KINDS.get(extension)
-    if kind is None or not member.isfile() or member.issparse() or key.rpartition("/")[2].startswith("."):
+        module = importlib.import_module("groupvit_fast._native")
+    except ImportError:
         return None
-    if member.offset_data + member.size > tar_size:
-        return key, "cut off by the end of the tar"
-    parts = samples.setdefault(key, {})
-    if kind in parts:
-        return key, f"second {kind} of the same name ignored"
-    parts[kind] = (member.offset_data, member.size)
-    return None
+    return module if hasattr(module, "scan_shard") else None
 
 
-def _damage(tar: Path, offset: int, size: int) -> list[tuple[str, str]]:
-    """tarfile stops silently at a broken header; a well-formed end is zeros up to the end of the file."""
-    with open(tar, "rb") as file:
-        file.seek(min(offset, size))
-        block = file.read(512)
-    if block.strip(b"\0"):
-        return [(tar.name, f"damaged header near byte {offset}: the samples after it are lost")]
-    return []
-
-
-def _check_sample(handle: int, parts: dict[str, tuple[int, int]]) -> tuple[int, ...]:
-    """Return (image offset, size, caption offset, size, width, height) or raise _Rejected."""
-    if "image" not in parts:
-        raise _Rejected("no image")
-    if "caption" not in parts:
-        raise _Rejected("no caption")
-    offset, size = parts["caption"]
-    caption = os.pread(handle, min(size, MAX_CAPTION_BYTES), offset).decode("utf-8", "replace")
-    if not clean(caption):
-        raise _Rejected("empty caption")
-    return *parts["image"], offset, size, *_check_image(handle, *parts["image"])
-
-
-def _check_image(handle: int, offset: int, size: int) -> tuple[int, int]:
+def _check_start(tar: Path, handle: int, size: int) -> None:
     if size == 0:
-        raise _Rejected("empty image")
-    head = os.pread(handle, min(size, _HEAD_BYTES), offset)
-    try:
-        kind, width, height = probe_size(head)
-    except ValueError as error:
-        if size <= _HEAD_BYTES:
-            raise _Rejected(str(error)) from None
-        try:  # a long colour profile, or WebP, may need the whole file
-            kind, width, height = probe_size(os.pread(handle, size, offset))
-        except ValueError as second_error:
-            raise _Rejected(str(second_error)) from None
-    if width * height > MAX_PIXELS:
-        raise _Rejected(f"{width} x {height} pixels is above the limit of {MAX_PIXELS}")
-    if kind in _END_MARKERS:  # DALI refuses a truncated file and loses the whole batch with it
-        tail = os.pread(handle, min(size, _TAIL_BYTES), offset + max(0, size - _TAIL_BYTES))
-        if _END_MARKERS[kind] not in tail:
-            raise _Rejected(f"truncated {kind} (no end marker)")
-    return width, height
+        raise UserError(f"{tar}: the shard is empty; delete or download it again")
+    start = os.pread(handle, 8, 0)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise UserError(f"{tar}: is compressed with {name}, not an uncompressed tar; unpack it")
+
+
+def _scan_native(handle: int) -> RawScan:
+    is_tar, table, key_end, keys, faults, unclear, notes = native_module().scan_shard(
+        handle, MAX_PIXELS, MAX_CAPTION_BYTES
+    )
+    numbers = [np.frombuffer(data, np.int64) for data in (table, key_end, unclear)]
+    return RawScan(is_tar, numbers[0].reshape(-1, len(COLUMNS)), numbers[1], keys, faults, numbers[2], notes)
+
+
+def _scan_python(handle: int) -> RawScan:
+    scan = PythonScan(handle, _KINDS, MAX_PIXELS, MAX_CAPTION_BYTES)
+    table = scan.table.reshape(-1, len(COLUMNS))
+    keys, unclear = b"".join(scan.keys), np.array(scan.unclear, np.int64)
+    return RawScan(scan.is_tar, table, _ends(scan.keys), keys, scan.faults, unclear, scan.notes)
+
+
+def _faults(handle: int, raw: RawScan) -> dict[int, str]:
+    """All faults by sample, the empty captions among them, in the order of the tar."""
+    faults = dict(raw.faults)
+    for sample in raw.unclear.tolist():
+        offset, size = raw.table[sample, 2:4].tolist()
+        caption = os.pread(handle, min(size, MAX_CAPTION_BYTES), offset)
+        if not clean(caption.decode("utf-8", "replace")):
+            faults[sample] = "empty caption"
+    return dict(sorted(faults.items()))
+
+
+def _usable(tar: Path, stamp: Stamp, raw: RawScan, faults: dict[int, str]) -> ShardIndex:
+    starts = np.concatenate([np.zeros(1, np.int64), raw.key_end])[:-1].tolist()
+    keys = [raw.keys[start:end] for start, end in zip(starts, raw.key_end.tolist(), strict=True)]
+    rejected = [(key.decode("utf-8", "surrogateescape") or tar.name, reason) for key, reason in raw.notes]
+    rejected += [(keys[sample].decode("utf-8", "surrogateescape"), faults[sample]) for sample in faults]
+    good = np.ones(len(keys), dtype=bool)
+    good[list(faults)] = False
+    keys = [key for key, is_good in zip(keys, good.tolist(), strict=True) if is_good]
+    columns = dict(zip(COLUMNS, np.ascontiguousarray(raw.table[good].T), strict=True))
+    return ShardIndex(
+        tar, stamp, key_end=_ends(keys), key_bytes=b"".join(keys), rejected=tuple(rejected), **columns
+    )
+
+
+def _ends(keys: Sequence[bytes]) -> np.ndarray:
+    return np.cumsum([len(key) for key in keys], dtype=np.int64)

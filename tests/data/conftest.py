@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from groupvit_fast.data import scan as scan_module
 from groupvit_fast.data.shards import Pair, write_shards
 from groupvit_fast.data.text import token_row
 
@@ -17,6 +18,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(params=["native", "python"])
+def scanner(request, monkeypatch):
+    """The test runs with the compiled scan, and with the one in Python."""
+    if request.param == "python":
+        monkeypatch.setattr(scan_module, "native_module", lambda: None)
+    elif scan_module.native_module() is None:
+        pytest.skip("the package is not compiled")
+    return request.param
 
 
 @pytest.fixture(scope="session")

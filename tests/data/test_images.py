@@ -1,11 +1,9 @@
-import zlib
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from groupvit_fast.console import UserError
-from groupvit_fast.data.images import probe_size, read_image
+from groupvit_fast.data.images import read_image
 
 
 def test_rgb_comes_back_unchanged(tmp_path):
@@ -78,20 +76,3 @@ def test_bad_files_are_named(tmp_path, noise_image, content, message):
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"odd.jpg.*{message}"):
         read_image(path, max_pixels=100 if content == "large" else 10**6)
-
-
-def test_probe_reads_the_size_from_the_head_alone(noise_image):
-    for kind in ("JPEG", "PNG"):
-        assert probe_size(noise_image(0, 300, 200, kind)[:700]) == (kind, 300, 200)
-    assert probe_size(noise_image(0, 30, 20, "WEBP")) == ("WEBP", 30, 20)
-
-
-def test_probe_refuses_what_is_no_image_or_claims_a_bomb(noise_image):
-    for data in (b"", b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", b"<html>"):
-        with pytest.raises(ValueError, match="not a JPEG, PNG or WebP"):
-            probe_size(data)
-    png = bytearray(noise_image(0, 30, 20, "PNG"))
-    png[16:24] = (10**5).to_bytes(4, "big") * 2
-    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
-    with pytest.raises(ValueError, match="too many pixels"):
-        probe_size(bytes(png))

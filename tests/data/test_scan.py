@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from groupvit_fast.console import UserError
 from groupvit_fast.data import scan as scan_module
 from groupvit_fast.data.scan import scan
+
+pytestmark = pytest.mark.usefixtures("scanner")
 
 
 def _scan_one(write_tar, path, image, caption=b"a cat", name="k.jpg"):
@@ -61,9 +62,10 @@ def test_image_cut_at_any_tenth_is_left_out(write_tar, tmp_path, noise_image, cu
     ("image", "caption", "reason"),
     [
         (b"", b"a cat", "empty image"),
-        (b"<!DOCTYPE html><html>not found</html>", b"a cat", "not a JPEG, PNG or WebP image"),
-        (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", b"a cat", "not a JPEG, PNG or WebP image"),
-        (b"\xff\xd8\xff\xe0", b"a cat", "not a JPEG, PNG or WebP image"),
+        (b"<!DOCTYPE html><html>not found</html>", b"a cat", "HTML file, not a JPEG, PNG or WebP image"),
+        (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", b"a cat", "GIF file, not a JPEG, PNG or WebP image"),
+        (b"\xff\xd8\xff\xe0", b"a cat", "damaged JPEG header"),
+        (b"\x00" * 200, b"a cat", "not a JPEG, PNG or WebP image"),
         (None, b"", "empty caption"),
         (None, b" \n\t&nbsp;\x00", "empty caption"),
     ],
@@ -82,7 +84,7 @@ def test_trailing_garbage_and_odd_captions_are_kept(write_tar, tmp_path, noise_i
 def test_jpeg_with_a_header_longer_than_the_first_look(write_tar, tmp_path, encode_image):
     pixels = np.zeros((8, 9, 3), np.uint8)
     image = encode_image(pixels, icc_profile=bytes(200_000))
-    assert len(image) > scan_module._HEAD_BYTES
+    assert len(image) > 200_000
     index = scan(write_tar(tmp_path / "s.tar", [("k.jpg", image), ("k.txt", b"a")]))
     assert (index.width[0], index.height[0]) == (9, 8)
 
@@ -154,11 +156,14 @@ def test_broken_header_in_the_middle_is_reported(make_shards):
     data[header : header + 512] = b"\xaa" * 512
     tar.write_bytes(data)
     index = scan(tar)
-    assert len(index) == 3
-    assert "damaged header" in index.rejected[-1][1]
+    assert [index.key(n) for n in range(len(index))] == [f"{n:09d}" for n in (0, 1, 2, 4, 5)]
+    assert index.rejected == (
+        ("000000.tar", f"damaged header near byte {header}"),
+        ("000000003", "no image"),
+    ), "what follows the damage is found again"
 
 
-def test_header_with_a_negative_size_ends_the_scan(make_shards):
+def test_header_with_a_negative_size_leads_nowhere(make_shards):
     (tar,) = make_shards(4)
     data = bytearray(tar.read_bytes())
     header = int(scan(tar).image_offset[2]) - 512
@@ -167,23 +172,5 @@ def test_header_with_a_negative_size_ends_the_scan(make_shards):
     data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
     tar.write_bytes(data)
     index = scan(tar)
-    assert len(index) == 2
-    assert any("points backwards" in reason for _, reason in index.rejected)
-
-
-def test_random_damage_never_stops_the_scan(make_shards, tmp_path):
-    """Every sample is either indexed or the tar is complained about; nothing else may happen."""
-    (tar,) = make_shards(4)
-    data, random = tar.read_bytes(), np.random.default_rng(0)
-    for _ in range(100):
-        mutated = bytearray(data)
-        for place in random.integers(0, len(data), random.integers(1, 20)):
-            mutated[place] = random.integers(0, 256)
-        copy = tmp_path / "mutated.tar"
-        copy.write_bytes(mutated)
-        try:
-            index = scan(copy)
-        except UserError:  # the first header is hit: not a tar any more
-            continue
-        assert (index.image_offset + index.image_size <= len(data)).all()
-        assert (index.image_offset >= 0).all()
+    assert [index.key(n) for n in range(len(index))] == [f"{n:09d}" for n in (0, 1, 3)]
+    assert ("000000002", "no image") in index.rejected
