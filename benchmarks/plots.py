@@ -90,6 +90,7 @@ def gains(rows: Sequence[Row], path: Path) -> Path | None:
 def curves(rows: Sequence[Row], path: Path) -> Path | None:
     """Time against size, one panel per axis, with the fitted exponent in the legend."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     panels = list(dict.fromkeys(row["axis"] for row in rows if "axis" in row))
     if not panels:
@@ -112,6 +113,14 @@ def curves(rows: Sequence[Row], path: Path) -> Path | None:
             axes.loglog(sizes, times, "o-", color=COLOURS[number % len(COLOURS)], markersize=3, label=label)
             low, high = ([row[key] * 1e3 for row in points] for key in ("p10_s", "p90_s"))
             axes.fill_between(sizes, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.2)
+        sizes = sorted({row["size"] for row in own})
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize=7)
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # a flat curve shall look flat
+            axes.set_ylim(low / 3, high * 3)
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set(xlabel=panel, ylabel="ms")
         axes.grid(axis="both")
         axes.legend(fontsize=6)

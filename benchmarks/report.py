@@ -22,6 +22,10 @@ from groupvit_fast.console import UserError, run_command, write_text_atomically
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "performance.md"
+RESULTS = HERE / "results"
+NO_GPU = """No GPU was at hand. The CUDA kernels compile for their targets without a register spill, and their
+sources run on the CPU in the tests; how fast they are is not known. `benchmarks/gpu_report.sh` fills this in.
+What they will be held to:"""
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 Result = Mapping[str, Any]
 
@@ -48,16 +52,20 @@ def read_results(folder: Path) -> dict[str, Result]:
 def verdicts(folder: Path) -> list[Verdict]:
     """All goals of the folder's device."""
     results, parts = read_results(folder), read_parts(folder)
-    cuda = any(result["machine"]["device"] == "cuda" for result in results.values())
     notes = folder / "notes.json"
     written = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
-    judged = [goals.judge(goal, results, parts) for goal in goals.load("cuda" if cuda else "cpu")]
+    judged = [goals.judge(goal, results, parts) for goal in goals.load(_device(results))]
     return [
         Verdict(
             v.goal, v.value, v.verdict, f"{v.why}. {written[v.goal.key]}" if v.goal.key in written else v.why
         )
         for v in judged
     ]
+
+
+def _device(results: Mapping[str, Result]) -> str:
+    """What a folder is about: a GPU where any of its benches used one."""
+    return "cuda" if any(r["machine"]["device"] == "cuda" for r in results.values()) else "cpu"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -160,22 +168,34 @@ def summary(folder: Path) -> str:
     return "\n".join([*lines, f"goals: {total}"])
 
 
-def write_docs() -> None:
+def write_docs(page: Path = DOCS, kept: Path = RESULTS) -> None:
     """Replace what stands between the markers of docs/performance.md, and draw its plots."""
-    page = DOCS.read_text(encoding="utf-8")
-    if BEGIN not in page or END not in page:
-        raise UserError(f"{DOCS}: the markers {BEGIN} and {END} are missing")
-    text = []
-    for folder in sorted(path for path in (HERE / "results").iterdir() if path.is_dir()):
-        results = read_results(folder)
-        if not results:
-            continue
-        link = f"../benchmarks/results/{folder.name}"
-        text += [f"## Results: {folder.name}", machine_list(results)]
-        text += [f"![{path.stem}]({link}/{path.name})" for path in plots.draw_all(results, folder)]
-        text += ["### Goals", goals_table(folder), f"Every row: [report]({link}/report.md)."]
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    write_text_atomically(DOCS, before + "\n\n".join([BEGIN, *text, END]) + after)
+    text = page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{page}: the markers {BEGIN} and {END} are missing")
+    folders = [folder for folder in sorted(kept.glob("*/")) if read_results(folder)]
+    blocks = [block for folder in folders for block in _docs_of(folder)]
+    if not any(_device(read_results(folder)) == "cuda" for folder in folders):
+        blocks += [
+            "## Not measured: GPUs",
+            NO_GPU,
+            table(["goal", "must / target / moonshot"], _open_goals()),
+        ]
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_text_atomically(page, before + "\n\n".join([BEGIN, *blocks, END]) + after)
+
+
+def _docs_of(folder: Path) -> list[str]:
+    results = read_results(folder)
+    link = f"../benchmarks/results/{folder.name}"
+    blocks = [f"## Results: {folder.name}", machine_list(results), "### Goals", goals_table(folder)]
+    for path in plots.draw_all(results, folder):
+        blocks += [f"### {path.stem}", f"![{path.stem}]({link}/{path.name})"]
+    return [*blocks, f"Every row, with its spread: [{folder.name}/report.md]({link}/report.md)."]
+
+
+def _open_goals() -> list[list[str]]:
+    return [[goal.what, goal.levels()] for goal in goals.load("cuda")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

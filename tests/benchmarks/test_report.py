@@ -103,3 +103,24 @@ def test_a_note_explains_a_goal(tmp_path):
 def test_no_such_folder(tmp_path, capsys):
     assert run_command(report.main, [str(tmp_path / "none")]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_page_is_written_from_the_kept_results(tmp_path):
+    page, kept = tmp_path / "docs.md", tmp_path / "results"
+    page.write_text(f"Before\n{report.BEGIN}\nold\n{report.END}\nAfter\n")
+    report.write_docs(page, kept)
+    assert "Not measured: GPUs" in page.read_text()
+    machine.write_result(kept / "some-cpu" / "k.json", "kernel_bench", rows("gumbel_assign forward"))
+    report.write_docs(page, kept)
+    text = page.read_text()
+    assert text.startswith("Before\n")
+    assert text.endswith("After\n")
+    assert "old" not in text
+    assert "## Results: some-cpu" in text
+    assert "](../benchmarks/results/some-cpu/kernel_bench.svg)" in text
+    assert "Not measured: GPUs" in text
+    report.write_docs(page, kept)
+    assert page.read_text() == text
+    page.write_text("no markers")
+    with pytest.raises(report.UserError, match="markers"):
+        report.write_docs(page, kept)
