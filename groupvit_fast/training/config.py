@@ -58,6 +58,7 @@ class TrainConfig:
 
     steps: int | None = option(None, "optimiser steps")
     epochs: float | None = option(None, "passes over the data, instead of --steps")
+    train_samples: int | None = option(None, "image-caption pairs to train on, instead of --steps")
     batch_size: int = option(256, "image-caption pairs a step and process")
 
     lr: float = option(1.6e-3, "peak learning rate at a global batch of --lr-batch pairs")
@@ -71,6 +72,13 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW's second moment")
     eps: float = option(1e-8, "AdamW's epsilon")
     clip_grad: float = option(5.0, "largest gradient norm; 0 switches clipping off")
+    layer_decay: float = option(1.0, "rate of a layer over that of the layer above it; 1: all alike")
+    freeze: list[str] = option(
+        [], "leave parameters as they are whose names begin so, for example text_encoder (repeatable)",
+        metavar="NAME",
+    )  # fmt: skip
+    model_ema: bool = option(False, "keep a moving average of the weights, evaluated and saved too (ema/)")
+    model_ema_decay: float = option(0.9998, "decay of that average; smaller in the first steps")
 
     multi_label: int = option(0, "single-noun prompts an image for the multi-label loss; 0: none")
     contrastive_weight: float = option(1.0, "weight of the image-caption loss")
@@ -96,14 +104,18 @@ class TrainConfig:
         "after so many steps in a row with a non-finite loss or gradient: back to the last good checkpoint",
     )
     max_rewinds: int = option(3, "how often that is tried, with other data each time, before training stops")
+    timeout_seconds: float = option(
+        600.0, "end all processes when one is silent or stands still for so long, and name it; 0: never"
+    )
 
-    eval_data: Path | None = option(
-        None,
-        "folder of labelled held-out images (default: those of shapes, else no evaluation)",
+    eval_data: list[str] = option(
+        [],
+        "folder of labelled held-out images, as DIR or DATASET=DIR (repeatable; the first one counts; "
+        "default: those of shapes, else no evaluation)",
         metavar="DIR",
     )
     eval_dataset: str = option(
-        "voc-folder", "layout and classes of --eval-data, as of groupvit_fast.evaluate"
+        "voc-folder", "layout and classes of an --eval-data without DATASET, as of groupvit_fast.evaluate"
     )
     eval_protocol: str | None = option(
         None, "evaluation protocol (default: shapes for models below 128 px, else official)"
@@ -112,7 +124,12 @@ class TrainConfig:
     eval_every: int | None = option(None, "evaluate every so many steps, besides before and after")
     save_every: int = option(500, "steps between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints to keep")
+    save_every_minutes: float | None = option(None, "also save at the first log point after so many minutes")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
+    report_to: str = option("none", "also log to: tensorboard, wandb or both with a comma", metavar="NAMES")
+    profile_steps: str | None = option(
+        None, "profile steps FIRST to END - 1 into the run folder's profile/", metavar="FIRST:END"
+    )
 
     output: Path | None = option(None, "run folder (default: runs/<preset>-<date-time>)", metavar="DIR")
     resume: str | None = option(
@@ -122,6 +139,9 @@ class TrainConfig:
     )
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of weights, data order, crops, prompts and noise")
+    seed_sweep: int | None = option(
+        None, "run so many seeds, from --seed on, into OUTPUT/seed_K and report mean and spread"
+    )
     json: Path | None = option(None, "also write the result as JSON to FILE", metavar="FILE")
     quiet: bool = option(False, "print only errors and the final result")
 
@@ -136,7 +156,16 @@ class TrainConfig:
             "shapes_val",
         ):
             _require(getattr(self, name) >= 1, self, name, "1 or more")
-        for name in ("steps", "epochs", "eval_every", "workers", "lr_batch"):
+        for name in (
+            "steps",
+            "epochs",
+            "train_samples",
+            "eval_every",
+            "save_every_minutes",
+            "workers",
+            "lr_batch",
+            "seed_sweep",
+        ):
             _require(getattr(self, name) is None or getattr(self, name) > 0, self, name, "more than 0")
         for name in (
             "min_lr",
@@ -149,10 +178,13 @@ class TrainConfig:
             "multi_label_weight",
             "max_rewinds",
             "color_jitter",
+            "timeout_seconds",
             "seed",
         ):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(self.lr > 0, self, "lr", "more than 0")
+        _require(0 < self.layer_decay <= 1, self, "layer_decay", "in (0, 1]")
+        _require(0 <= self.model_ema_decay < 1, self, "model_ema_decay", "in [0, 1)")
         _require(0 < self.min_crop <= 1, self, "min_crop", "in (0, 1]")
         _require(0 <= self.reprob <= 1, self, "reprob", "in [0, 1]")
         _require(0 <= self.beta1 < 1, self, "beta1", "in [0, 1)")
@@ -163,10 +195,10 @@ GROUPS: dict[str, tuple[str, str]] = {
     "what is trained": ("preset", "model"),
     "data": ("data", "workers"),
     "length": ("steps", "batch_size"),
-    "optimiser": ("lr", "clip_grad"),
+    "optimiser": ("lr", "model_ema_decay"),
     "losses": ("multi_label", "gumbel"),
-    "precision and safety": ("amp", "max_rewinds"),
-    "evaluation, checkpoints, metrics": ("eval_data", "log_every"),
+    "precision and safety": ("amp", "timeout_seconds"),
+    "evaluation, checkpoints, metrics": ("eval_data", "profile_steps"),
     "run": ("output", "quiet"),
 }
 """Heading -> first and last field shown under it."""

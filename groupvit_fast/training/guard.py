@@ -45,8 +45,8 @@ def check(trainer: Trainer, in_a_row: int) -> None:
     if recovery.rewinds < config.max_rewinds:
         folder = recovery.rewind()
         if folder is not None:
-            trainer.open_metrics()
-            trainer.progress.say(
+            trainer.journal.restart()
+            trainer.journal.progress.say(
                 f"step {last}: {in_a_row} steps in a row were not finite; back to step {trainer.step} with "
                 f"the data that comes next (rewind {recovery.rewinds} of {config.max_rewinds})"
             )

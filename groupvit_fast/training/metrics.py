@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,10 @@ from tqdm import tqdm
 from groupvit_fast.console import UserError, write_text_atomically
 from groupvit_fast.training.distributed import sum_over_processes, world_size
 
+TIMINGS = ("images_per_s", "data_wait", "tflops", "mfu", "memory_gb")
+"""Entries of metrics.jsonl that differ from run to run."""
+PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}
+"""Dense 16-bit operations a second that the maker of a GPU states."""
 PLAIN_LINE_SECONDS = 5.0
 """Shortest time between two progress lines where the output is not a terminal."""
 
@@ -29,6 +34,30 @@ def group_statistics(areas: Tensor) -> list[Tensor]:
     entropy = torch.special.entr(shares).sum(dim=1) / math.log(max(areas.shape[1], 2))
     in_use = (areas > 0).sum(dim=1).float()
     return [in_use.mean(), entropy.mean(), shares.amax(dim=1).mean()]
+
+
+def memory_gb(device: str) -> float:
+    """Most memory of this process since the last look on a GPU; on a CPU what it holds now."""
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e9
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
+    """Operations a second that one device could do: stated for known GPUs, measured by a product on a CPU."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    size, best = 768, math.inf
+    factors = torch.ones(2, size, size, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    for _ in range(5):
+        start = time.perf_counter()
+        factors[0] @ factors[1]
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 class RunningMeans:
@@ -176,5 +205,4 @@ def _step(line: str) -> float:
 
 def _rounded(record: dict[str, Any]) -> dict[str, Any]:
     """Timings need no more than four digits; results keep all of theirs."""
-    short = ("images_per_s", "data_wait")
-    return {name: float(f"{value:.4g}") if name in short else value for name, value in record.items()}
+    return {name: float(f"{value:.4g}") if name in TIMINGS else value for name, value in record.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from groupvit_fast.console import UserError
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import sum_over_processes
 
@@ -17,16 +18,61 @@ LOSS_SCALE_PATIENCE = 2000
 """Good steps before the loss scale of float16 doubles."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Decay everything but 1-D parameters and biases.
 
     So group tokens, position embedding and the 0-dim temperatures do decay, as in the published training.
+    The rate of a layer is `layer_decay` times that of the layer above (`rate_factor` of its group).
     """
-    decayed, free = [], []
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    layers = layers_above(model) if layer_decay != 1 else {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (free if parameter.ndim == 1 or name.endswith("bias") else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+            free, above = parameter.ndim == 1 or name.endswith("bias"), layers.get(name, 0)
+            group = {"params": [], "weight_decay": 0.0 if free else weight_decay}
+            group["rate_factor"] = layer_decay**above
+            groups.setdefault((above, free), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def layers_above(model: nn.Module) -> dict[str, int]:
+    """For each parameter of a GroupViT, how many layers of its encoder come after it (embeddings: all)."""
+    depths, texts = model.config.image.depths, model.config.text.layers
+    above = {}
+    for name, _ in model.named_parameters():
+        parts, last = name.split("."), 0
+        if name.startswith("image_encoder.stages."):
+            stage = int(parts[2])
+            block = int(parts[4]) if parts[3] == "blocks" else depths[stage] - 1
+            last = sum(depths) - sum(depths[:stage]) - block
+        elif name.startswith("text_encoder.blocks."):
+            last = texts - int(parts[2])
+        elif name.startswith("image_encoder.patch_embedding."):
+            last = sum(depths) + 1
+        elif name.startswith(("text_encoder.token_embedding.", "text_encoder.position")):
+            last = texts + 1
+        above[name] = last
+    return above
+
+
+def freeze(model: nn.Module, prefixes: list[str]) -> None:
+    """Keep the parameters whose names begin with one of `prefixes` as they are."""
+    for prefix in prefixes:
+        chosen = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        if not chosen:
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise UserError(f"--freeze {prefix}: no parameter has a name that begins so (parts: {parts})")
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("--freeze leaves nothing to train")
+
+
+def number_of_steps(config: TrainConfig, steps_per_epoch: int, world_size: int) -> int:
+    """The length of a run, however it was given: steps, pairs or epochs (one, if nothing was)."""
+    if config.train_samples:
+        return math.ceil(config.train_samples / (config.batch_size * world_size))
+    return config.steps or max(1, round((config.epochs or 1) * steps_per_epoch))
 
 
 @dataclass(frozen=True)
@@ -69,7 +115,7 @@ class GuardedAdamW:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, *, loss_scaling: bool = False) -> None:
-        groups = parameter_groups(model, config.weight_decay)
+        groups = parameter_groups(model, config.weight_decay, config.layer_decay)
         betas = (config.beta1, config.beta2)
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
@@ -114,7 +160,7 @@ class GuardedAdamW:
         if self.clip_grad:
             divisor = divisor * (norm / self.clip_grad).clamp(min=1.0)
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
         self.adamw.grad_scale, self.adamw.found_inf = divisor, bad
         self.adamw.step()
         self._restore_statistics(bad)

@@ -22,6 +22,7 @@ from groupvit_fast.training.config import GROUPS, TrainConfig
 from groupvit_fast.training.recipes import RECIPES, recipe
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+LENGTHS = ("steps", "epochs", "train_samples")
 TYPES = typing.get_type_hints(TrainConfig)
 
 
@@ -57,11 +58,17 @@ def parse(argv: Sequence[str] | None, *, program: str, description: str, epilog:
         help="read options from a YAML file; the names are those of the flags",
     )
     group.add_argument("--print-config", action="store_true", help="print the resolved options and stop")
+    group.add_argument(
+        "--report",
+        metavar="RUN",
+        type=Path,
+        help="make RUN/report.html again from what the run wrote, and stop",
+    )
     given, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("-"):
         raise UserError(f"unexpected argument {unknown[0]!r}: every option has a name (--help lists all)")
     if unknown:
-        flags = [flag(name) for name in FIELDS] + ["--config", "--print-config", "--help"]
+        flags = [flag(name) for name in FIELDS] + ["--config", "--print-config", "--report", "--help"]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.0)
         raise UserError(f"unknown option {unknown[0]}: did you mean {near[0]}? (--help lists all)")
     return given
@@ -78,10 +85,12 @@ def resolve(given: argparse.Namespace, saved: dict[str, Any] | None = None) -> T
     values = {name: getattr(recipe(preset), name) for name in FIELDS}
     for layer, origin in layers:
         layer = {name: _convert(name, value, origin) for name, value in layer.items()}
-        if layer.get("steps") and layer.get("epochs"):
-            raise UserError(f"{origin or '--steps and --epochs'}: give steps or epochs, not both")
-        if layer.get("steps") or layer.get("epochs"):
-            values |= {"steps": None, "epochs": None}
+        lengths = [name for name in LENGTHS if layer.get(name)]
+        if len(lengths) > 1:
+            where = origin or " and ".join(map(flag, lengths))
+            raise UserError(f"{where}: give {lengths[0]} or {lengths[1]}, not both")
+        if lengths:
+            values |= dict.fromkeys(LENGTHS)
         layer["model"] = values["model"] | layer.get("model", {})
         values |= layer
     return TrainConfig(**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ class Recovery:
         """
         trainer = self.trainer
         ranks = on_main({"loader": trainer.loader.state_dict(), "means": trainer.means.sums.cpu()})
+        trainer.journal.saved = time.monotonic()
         if trainer.world.is_main:
             snapshot, best = self._snapshot(ranks), self.best_step()
             keep = trainer.config.keep_checkpoints
@@ -160,6 +162,8 @@ class Recovery:
         state = checkpoint.load_state(folder)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step = state["step"]
+        if trainer.ema and not checkpoint.load_weights(folder, trainer.ema.model, ema=True):
+            trainer.ema.model.load_state_dict(trainer.model.state_dict())
         return state
 
     def _snapshot(self, ranks: list[dict[str, Any]]) -> Snapshot:
@@ -175,7 +179,8 @@ class Recovery:
         }
         about = {"preset": trainer.config.preset, "step": trainer.step}
         weights = copied(trainer.model.state_dict())
-        return Snapshot(trainer.step, trainer.model.config, weights, copied(state), about)
+        averaged = copied(trainer.ema.model.state_dict()) if trainer.ema else None
+        return Snapshot(trainer.step, trainer.model.config, weights, copied(state), about, averaged)
 
 
 def score(result: dict[str, Any]) -> float:

@@ -14,22 +14,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from groupvit_fast.console import write_json
 from groupvit_fast.model.groupvit import GroupViT, TrainingOutput
 from groupvit_fast.training import guard
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import StopAgreement, World, from_main
+from groupvit_fast.training.ema import WeightAverage
 from groupvit_fast.training.interruption import Interrupted, Interruption
-from groupvit_fast.training.losses import contrastive_loss, multi_label_loss, similarity_scale, text_labels
-from groupvit_fast.training.metrics import Clock, MetricsFile, ProgressLine, RunningMeans, group_statistics
-from groupvit_fast.training.optim import GuardedAdamW, Schedule
+from groupvit_fast.training.journal import Journal
+from groupvit_fast.training.losses import contrastive_loss, multi_label_loss, text_labels
+from groupvit_fast.training.metrics import RunningMeans, group_statistics
+from groupvit_fast.training.optim import GuardedAdamW, Schedule, freeze, number_of_steps
 from groupvit_fast.training.precision import DTYPES, autocast
+from groupvit_fast.training.profiling import StepProfiler
 from groupvit_fast.training.recovery import Recovery
+from groupvit_fast.training.watchdog import Watchdog
 
 PARTS = (
     "loss", "contrastive", "multi_label", "grad_norm", "groups_in_use", "group_entropy", "largest_group",
 )  # fmt: skip
 """What is averaged on the device between two lines of metrics.jsonl."""
+WARM_UP_STEPS = 3
+"""First steps of a process, which may take long: kernels are compiled and memory is found."""
 
 
 class Batch(Protocol):
@@ -59,8 +64,9 @@ class Trainer:
     """Train `model` on `loader` as `config` says, in the run folder `output`.
 
     `evaluate(model)` returns JSON-able results with a `miou`; it is called before, every `eval_every` steps
-    and after, on the main process and in evaluation mode. `dtype` is a key of `precision.DTYPES`. After
-    `fit`, `step`, `evaluations` (by step) and `last_record` (of metrics.jsonl) tell what happened.
+    and after, on the main process and in evaluation mode, and after it `picture(model, path)`. `dtype` is a
+    key of `precision.DTYPES`. After `fit`, `step`, `evaluations` (by step) and `journal.last_record` (of
+    metrics.jsonl) tell what happened.
     """
 
     def __init__(
@@ -74,44 +80,66 @@ class Trainer:
         world: World | None = None,
         dtype: str = "float32",
         evaluate: Callable[[GroupViT], dict[str, Any]] | None = None,
+        picture: Callable[[GroupViT, Path], None] | None = None,
     ) -> None:
         self.model, self.loader, self.config, self.output = model.to(device).train(), loader, config, output
         self.world = world or World()
         self.device, self.dtype, self.evaluate = device, dtype, evaluate
         self.match_groups = config.multi_label > 0 and config.multi_label_match == "group"
         epoch = loader.steps_per_epoch
-        self.steps = config.steps or max(1, round((config.epochs or 1) * epoch))
+        self.steps = number_of_steps(config, epoch, self.world.size)
         self.schedule = Schedule.of(
             config, steps=self.steps, steps_per_epoch=epoch, world_size=self.world.size
         )
+        freeze(self.model, config.freeze)
+        self.ema = WeightAverage(self.model, config.model_ema_decay) if config.model_ema else None
         self.forward = self._wrapped()
         self.optimizer = GuardedAdamW(model, config, loss_scaling=dtype == "fp16")
         self.noise_key = torch.tensor([mix(config.seed, self.world.rank), 0], device=device)
         self.means = RunningMeans(PARTS, device)
         self.step = 0
         self.evaluations: dict[int, dict[str, Any]] = {}
-        self.last_record: dict[str, Any] = {}
         self.last_batch: Batch | None = None
+        self.journal = Journal(self, picture)
         self.recovery = Recovery(self)
+        self.profiler = StepProfiler(
+            config.profile_steps,
+            output / "profile",
+            self.world.rank,
+            lambda line: self.journal.progress.say(line),
+        )
 
     def fit(self) -> int | None:
         """Train to the last step or until a signal, which is returned; either way the state is saved."""
-        self._open()
         self.interruption = Interruption()
+        self.watchdog = Watchdog(
+            self.world,
+            self.config.timeout_seconds,
+            last_checkpoint=lambda: self.recovery.checkpoint,
+            signal=lambda: self.interruption.signal,
+        )
+        first = self.step
         with (
             self.interruption,
-            closing(self.progress),
+            self.journal,
+            self.watchdog,
             closing(iter(self.loader)) as batches,
             self.recovery,
         ):
             stop = StopAgreement()
             going = self.evaluate_if_due()
-            self.clock.restart()
+            self.journal.clock.restart()
             while going and self.step < self.steps and not stop.reached(self.interruption.signal is not None):
-                self.train_step(self.clock.next(batches))
+                warm = self.step >= first + WARM_UP_STEPS
+                self.watchdog.at(self.step, "data" if warm else "warm-up")
+                batch = self.journal.clock.next(batches)
+                self.watchdog.at(self.step, "step" if warm else "warm-up")
+                with self.profiler.step(self.step):
+                    self.train_step(batch)
                 going = self.after_step()
             if self.recovery.saved_step != self.step:
                 self.recovery.save()
+            self.profiler.close()
         return self.interruption.signal if self.step < self.steps or not going else None
 
     def train_step(self, batch: Batch) -> None:
@@ -122,6 +150,8 @@ class Trainer:
         norm, bad = self.optimizer.step(losses[0], self.schedule.rate(self.step))
         values = [*(loss.detach() for loss in losses), norm, *group_statistics(encoded.areas)]
         self.means.add(values, bad)
+        if self.ema:
+            self.ema.update(self.model, bad, self.step)
         self.step += 1
 
     def forward_pass(
@@ -144,14 +174,17 @@ class Trainer:
         """What is due after a step besides training; returns whether to go on."""
         config, last = self.config, self.step == self.steps
         self.recovery.work.check()
-        self.progress.advance()
+        self.journal.progress.advance()
+        save = self.step % config.save_every == 0 or last
         if self.step % config.log_every == 0 or last:
-            self.log()
-        paused = self.clock.pause()
-        if (self.step % config.save_every == 0 or last) and self.recovery.saved_step != self.step:
+            save |= self.journal.log()
+            guard.check(self, int(self.optimizer.bad_in_a_row.item()))
+        paused = self.journal.clock.pause()
+        if save and self.recovery.saved_step != self.step:
+            self.watchdog.at(self.step, "save")
             self.recovery.save()
         going = self.evaluate_if_due()
-        self.clock.proceed(paused)
+        self.journal.clock.proceed(paused)
         return going
 
     def losses(self, encoded: TrainingOutput, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,23 +206,6 @@ class Trainer:
         total = config.contrastive_weight * contrastive + config.multi_label_weight * multi_label
         return total, contrastive, multi_label
 
-    def log(self) -> None:
-        """One line of metrics.jsonl and of the progress display; the one place where the host waits."""
-        record = {
-            "step": self.step,
-            **self.means.take(),
-            "lr": self.schedule.rate(self.step - 1),
-            "logit_scale": similarity_scale(self.model.logit_scale.detach()).item(),
-            "bad_steps": int(self.optimizer.bad_steps.item()),
-            "epoch": round(self.step / self.loader.steps_per_epoch, 4),
-            **self.clock.take(),
-        }
-        self.last_record = record
-        if self.metrics:
-            self.metrics.write(record)
-        self.progress.show(record)
-        guard.check(self, int(self.optimizer.bad_in_a_row.item()))
-
     def evaluate_if_due(self) -> bool:
         """Evaluate before the first step, every `eval_every`, and after the last, each once.
 
@@ -199,23 +215,28 @@ class Trainer:
         due = self.step in (0, self.steps) or (every is not None and self.step % every == 0)
         if self.evaluate is None or not due or self.step in self.evaluations:
             return True
+        self.watchdog.at(self.step, "evaluation")
         results = from_main(self._evaluated() if self.world.is_main else None)
         if isinstance(results, int):
             self.interruption.signal = results
             return False
         self.evaluations[self.step] = results
-        if self.world.is_main:
-            write_json(self.output / "evaluations.json", self.evaluations)
-            self.progress.say(f"step {self.step}: zero-shot mIoU {results['miou']:.3f}")
+        self.journal.evaluation(results)
         self.recovery.keep_best()
         return True
 
+    @property
+    def evaluated_model(self) -> GroupViT:
+        """The weights that count in the end: the averaged ones if there are any."""
+        return self.ema.model if self.ema else self.model
+
     def _evaluated(self) -> dict[str, Any] | int:
-        """The results, or the signal that came meanwhile."""
+        """The results, those of averaged weights under `ema`; or the signal that came meanwhile."""
         self.model.eval()
         try:
             with torch.no_grad(), self.interruption.ends():
-                return self.evaluate(self.model)
+                results = self.evaluate(self.model)
+                return results | {"ema": self.evaluate(self.ema.model)} if self.ema else results
         except Interrupted:
             return self.interruption.signal
         finally:
@@ -224,19 +245,6 @@ class Trainer:
     def resume(self, folder: Path, warn: Callable[[str], None]) -> None:
         """Continue from a step folder: weights, optimiser, data, counters. Call before `fit`."""
         self.recovery.resume(folder, warn)
-
-    def open_metrics(self) -> None:
-        """Continue metrics.jsonl and the progress display from the current step."""
-        main = self.world.is_main
-        self.metrics = MetricsFile(self.output / "metrics.jsonl", resume_from=self.step) if main else None
-        self.progress.restart(self.step)
-
-    def _open(self) -> None:
-        """What only a run that really starts needs: the metrics file, the clock, the progress display."""
-        quiet = self.config.quiet or not self.world.is_main
-        self.progress = ProgressLine(total=self.steps, done=self.step, quiet=quiet)
-        self.open_metrics()
-        self.clock = Clock()
 
     def _wrapped(self) -> nn.Module:
         """The model as it is called in a step: gradients averaged over processes, compiled if wanted."""
