@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,8 +51,8 @@ Every option can stand in a YAML file (--config) under the same name; the comman
 The defaults shown are those of the preset named on the same command line.
 
 The run folder holds config.yaml, metrics.jsonl (one object a logged step), evaluations.json, result.json,
-report.html, examples.png, pictures/ of each evaluation and checkpoints/step_NNNNNNNN (checkpoints/best: the one
-with the best evaluation), and can be given to every command that takes a checkpoint.
+report.html, examples.png, pictures/ of each evaluation and checkpoints/step_NNNNNNNN (checkpoints/best is
+the one with the best evaluation), and can be given to every command that takes a checkpoint.
 
 Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, and the exit status is 130 or 143; a second one
 ends the program at once. Bad input: one line and status 1. A process that is dead, frozen or stands still is

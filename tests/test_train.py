@@ -19,6 +19,7 @@ import groupvit_fast
 from groupvit_fast.console import run_command
 from groupvit_fast.model import load_model
 from groupvit_fast.train import main
+from groupvit_fast.training.metrics import TIMINGS
 
 SMALL = [
     "--shapes-train", "96", "--shapes-val", "5", "--batch-size", "8", "--log-every", "2", "--save-every", "3",
@@ -60,7 +61,7 @@ def start(*argv, **environment):
 
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 def weights(run, step):
@@ -108,6 +109,7 @@ def test_the_demo_ends_with_a_table_a_picture_and_results(data, tmp_path, capsys
     assert load_model(run).config.image.width == 16
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "evaluations.json", "result.json", "examples.png", "checkpoints",
+        "pictures", "report.html",
     }  # fmt: skip
 
 

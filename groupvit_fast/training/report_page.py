@@ -103,7 +103,7 @@ def _facts(
     if seconds:
         tiles.append(("time", f"{seconds / 60:.1f} min", "all in all"))
     cells = "".join(
-        f'<div class="card"><dt>{html.escape(name)}</dt><dd>{value}<small>{html.escape(note)}</small></dd></div>'
+        f'<div class="card"><dt>{name}</dt><dd>{value}<small>{html.escape(note)}</small></dd></div>'
         for name, value, note in tiles
     )
     return f'<dl class="facts">{cells}</dl>'
@@ -157,9 +157,10 @@ def _pictures(run: Path) -> str:
         paths = [paths[place] for place in places]
     if not paths:
         return ""
+    hidden = [" hidden"] * (len(paths) - 1) + [""]
     images = "".join(
-        f'<img src="{_embedded(path)}" alt="step {int(path.stem[5:])}"{"" if path == paths[-1] else " hidden"}>'
-        for path in paths
+        f'<img src="{_embedded(path)}" alt="step {int(path.stem[5:])}"{state}>'
+        for path, state in zip(paths, hidden, strict=True)
     )
     last = len(paths) - 1
     slider = f'<input type="range" data-pictures min="0" max="{last}" value="{last}" aria-label="evaluation">'
@@ -202,7 +203,8 @@ def _table(evaluations: dict[int, dict[str, Any]]) -> str:
     name = html.escape(str(result.get("dataset", "")))
     return (
         f"<h2>Evaluation on {name} at step {last}</h2>"
-        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

@@ -11,6 +11,7 @@ from groupvit_fast.model.groupvit import create_model
 from groupvit_fast.model.presets import ImageConfig, ModelConfig, TextConfig
 from groupvit_fast.training import checkpoint
 from groupvit_fast.training.config import TrainConfig
+from groupvit_fast.training.metrics import TIMINGS
 from groupvit_fast.training.trainer import Trainer
 
 MODEL = ModelConfig(
@@ -88,4 +89,9 @@ def bits(run):
 def metrics(folder):
     """The lines without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def open_run(run):
+    """What `fit` does before the first step, for tests that make steps one by one."""
+    run.journal.__enter__()

@@ -49,6 +49,7 @@ def test_every_option_round_trips_through_yaml(tmp_path):
         else:
             changed[name] = {list: ["a", "b"], dict: {"image.tau": 0.5}, Path: Path("x/y")}.get(kind, "word")
     changed |= {"preset": "groupvit-1stage", "beta1": 0.5, "beta2": 0.6, "min_crop": 0.3, "epochs": None}
+    changed |= {"train_samples": None, "layer_decay": 0.5, "model_ema_decay": 0.9}
     config = TrainConfig(**changed)
     path = tmp_path / "config.yaml"
     path.write_text(options.to_yaml(config))
@@ -165,13 +166,14 @@ def test_mistakes_in_model_settings(setting, message):
 def test_the_list_of_options_is_pinned():
     """A flag that appears or goes is a change of the interface: say so here as well."""
     pinned = """
-        preset model data data_root shapes_train shapes_val shapes_seed min_crop flip aa color_jitter reprob
-        prompt_templates noun_tags prompt_fill workers steps epochs batch_size lr lr_batch min_lr warmup_lr
-        warmup_steps
-        warmup_epochs weight_decay beta1 beta2 eps clip_grad multi_label contrastive_weight
-        multi_label_weight multi_label_match merge_captions gumbel amp amp_dtype compile deterministic
-        max_bad_steps max_rewinds eval_data eval_dataset eval_protocol eval_background_threshold eval_every
-        save_every keep_checkpoints log_every output resume device seed json quiet
+        preset model data data_root shapes_train shapes_val shapes_seed min_crop flip aa color_jitter
+        reprob prompt_templates noun_tags prompt_fill workers steps epochs train_samples batch_size lr
+        lr_batch min_lr warmup_lr warmup_steps warmup_epochs weight_decay beta1 beta2 eps clip_grad
+        layer_decay freeze model_ema model_ema_decay multi_label contrastive_weight multi_label_weight
+        multi_label_match merge_captions gumbel amp amp_dtype compile deterministic max_bad_steps
+        max_rewinds timeout_seconds eval_data eval_dataset eval_protocol eval_background_threshold
+        eval_every save_every keep_checkpoints save_every_minutes log_every report_to profile_steps output
+        resume device seed seed_sweep json quiet
     """
     assert [field.name for field in dataclasses.fields(TrainConfig)] == pinned.split()
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_run import CONFIG, MODEL, Loader, bits, metrics, nan_pixels, resumed, trainer
+from small_run import CONFIG, MODEL, Loader, bits, metrics, nan_pixels, open_run, resumed, trainer
 
 from groupvit_fast.model.presets import ModelConfig
 from groupvit_fast.training.trainer import mix
@@ -96,16 +96,16 @@ def test_a_killed_run_repeats_what_was_lost(tmp_path):
 
 def test_a_bad_batch_changes_neither_weights_nor_running_statistics(tmp_path):
     run = trainer(tmp_path, replace(CONFIG, log_every=1), Loader({1: nan_pixels}))
-    run._open()
+    open_run(run)
     batches = iter(run.loader)
     run.train_step(next(batches))
     before = bits(run)
     run.train_step(next(batches))
     assert bits(run) == before
-    run.log()
+    run.journal.log()
     run.train_step(next(batches))
     assert bits(run) != before
-    assert run.last_record["bad_steps"] == 1
+    assert run.journal.last_record["bad_steps"] == 1
 
 
 def test_evaluation_happens_before_between_and_after_and_is_not_repeated(tmp_path):
@@ -134,7 +134,7 @@ def test_evaluation_happens_before_between_and_after_and_is_not_repeated(tmp_pat
 
 def test_the_host_is_asked_only_at_log_points(tmp_path, monkeypatch):
     run = trainer(tmp_path)
-    run._open()
+    open_run(run)
     batches = iter(run.loader)
     run.train_step(next(batches))
     second = next(batches)
@@ -148,7 +148,7 @@ def test_the_host_is_asked_only_at_log_points(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     run.train_step(second)
     with pytest.raises(AssertionError, match="waits"):
-        run.log()
+        run.journal.log()
 
 
 def test_prompts_can_be_matched_with_single_groups(tmp_path):
@@ -157,7 +157,7 @@ def test_prompts_can_be_matched_with_single_groups(tmp_path):
         config = replace(CONFIG, multi_label_match=match, steps=4)
         run = trainer(tmp_path / match, config, settings=replace(MODEL, projector_layers=1))
         run.fit()
-        losses.append(run.last_record)
+        losses.append(run.journal.last_record)
     assert losses[0]["multi_label"] != losses[1]["multi_label"]
 
 
@@ -181,10 +181,10 @@ def test_bf16_keeps_weights_losses_and_norms_in_float32(tmp_path):
     mixed = trainer(tmp_path / "mixed", replace(CONFIG, steps=1), dtype="bf16")
     plain.fit()
     mixed.fit()
-    assert mixed.last_record["loss"] != plain.last_record["loss"]
-    assert mixed.last_record["loss"] == pytest.approx(plain.last_record["loss"], rel=0.02)
+    assert mixed.journal.last_record["loss"] != plain.journal.last_record["loss"]
+    assert mixed.journal.last_record["loss"] == pytest.approx(plain.journal.last_record["loss"], rel=0.02)
     assert {value.dtype for value in mixed.model.parameters()} == {torch.float32}
-    assert mixed.last_record["bad_steps"] == 0
+    assert mixed.journal.last_record["bad_steps"] == 0
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_compiled_training_is_the_same_training(tmp_path):
     for compiled in (False, True):
         run = trainer(tmp_path / str(compiled), replace(CONFIG, compile=compiled, steps=4))
         run.fit()
-        records.append(run.last_record)
+        records.append(run.journal.last_record)
     assert records[1]["loss"] == pytest.approx(records[0]["loss"], rel=1e-4)
     assert records[1]["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=1e-3)
 
