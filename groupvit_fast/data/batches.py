@@ -77,6 +77,7 @@ class _Plan:
     first: int  # position of the first sample
     words: np.ndarray
     captions: list[str]
+    nouns: list[list[str] | None]  # those that the index has
     encoded: list[np.ndarray]
 
 
@@ -140,7 +141,8 @@ class BatchMaker:
         first = position + options.rank * options.batch_size
         words = sampling.draws(options.seed, first, options.batch_size)
         encoded, captions = self.reader.read(samples)
-        return _Plan(samples, first, words, captions, encoded)
+        nouns = self.reader.nouns(samples, options.noun_tags)
+        return _Plan(samples, first, words, captions, nouns, encoded)
 
     def _decode_input(self, plan: _Plan) -> DecodeInput:
         width, height = self.reader.width[plan.samples], self.reader.height[plan.samples]
@@ -154,7 +156,8 @@ class BatchMaker:
     def _assemble(self, images: torch.Tensor, plan: _Plan) -> Batch:
         options = self.options
         rows = []
-        for caption, word in zip(plan.captions, plan.words[:, sampling.TEXT_DRAW].tolist(), strict=True):
+        draws = plan.words[:, sampling.TEXT_DRAW].tolist()
+        for caption, nouns, word in zip(plan.captions, plan.nouns, draws, strict=True):
             caption = text.clean(caption)
             rows.append([caption])
             if options.num_prompts:
@@ -166,6 +169,7 @@ class BatchMaker:
                     options.templates,
                     options.noun_tags,
                     options.prompt_fill,
+                    nouns,
                 )
         texts, text_index = text.unique_rows(rows, options.context_length)
         return Batch(images, texts.to(images.device), text_index.to(images.device))

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import io
-import json
+import logging
 import os
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
 from groupvit_fast.console import UserError, write_bytes_atomically
-from groupvit_fast.data.scan import COLUMNS, ShardIndex, file_stamp, scan
+from groupvit_fast.data.index_files import index_places, load_index, store_index
+from groupvit_fast.data.scan import ShardIndex, file_stamp, scan
 
-_COLUMNS = (*COLUMNS, "key_end")
+_T = TypeVar("_T")
+_log = logging.getLogger("groupvit_fast")
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -69,69 +70,56 @@ def write_index(tar: str | Path, cache_dir: Path | None = None) -> Path | None:
 
     The place is `cache_dir` when given, else beside the tar, else the user's cache folder.
     """
-    return _store(scan(Path(tar)), cache_dir)
+    return store_index(scan(Path(tar)), cache_dir)
 
 
 def read_index(tar: str | Path, cache_dir: Path | None = None) -> ShardIndex:
-    """The index of `tar`: the stored one while the tar's size and time are unchanged, else a new scan."""
+    """The index of `tar`: the stored one while the tar is unchanged, else a new scan, which is stored."""
     tar = Path(tar)
-    for path in _places(tar, cache_dir):
-        index = _load(path, tar)
-        if index is not None:
+    stamp = file_stamp(tar)
+    for path in index_places(tar, cache_dir):
+        index = load_index(path, tar)
+        if index is not None and index.stamp == stamp:
             return index
+        if index is not None and index.stamp[0] == stamp[0]:
+            _log.warning("%s: changed since it was indexed; it is indexed again", tar)
     index = scan(tar)
-    _store(index, cache_dir)
+    store_index(index, cache_dir)
     return index
 
 
 def read_indexes(
     tars: Sequence[Path], cache_dir: Path | None = None, quiet: bool = False
 ) -> list[ShardIndex]:
-    """Indexes of many shards, with a progress bar on a terminal when it takes a while."""
-    bar: Iterable[Path] = tqdm(tars, "index", unit="shard", delay=2, disable=True if quiet else None)
-    return [read_index(tar, cache_dir) for tar in bar]
+    """Indexes of many shards, several at a time, with a progress bar on a terminal when it takes a while.
+
+    Shards that cannot be used are all looked at before one error names them.
+    """
+    return over_shards(lambda tar: read_index(tar, cache_dir), tars, "index", quiet)
 
 
-def _places(tar: Path, cache_dir: Path | None) -> list[Path]:
-    tar = tar.absolute()
-    hashed = f"{tar.name}-{hashlib.sha256(os.fsencode(tar)).hexdigest()[:16]}.index.npz"
-    if cache_dir is not None:
-        return [Path(cache_dir) / hashed]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [tar.with_name(tar.name + ".index.npz"), user_cache / "groupvit_fast" / "index" / hashed]
+def over_shards(work: Callable[[Path], _T], tars: Sequence[Path], title: str, quiet: bool) -> list[_T]:
+    """`work(tar)` of each shard, in threads; the UserErrors of all shards become one."""
 
-
-def _store(index: ShardIndex, cache_dir: Path | None) -> Path | None:
-    buffer = io.BytesIO()
-    arrays = {name: getattr(index, name) for name in _COLUMNS}
-    arrays["key_bytes"] = np.frombuffer(index.key_bytes, np.uint8)
-    about = {"stamp": index.stamp, "rejected": index.rejected}
-    arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    np.savez(buffer, **arrays)
-    for path in _places(index.tar, cache_dir):
+    def attempt(tar: Path) -> _T | UserError:
         try:
-            write_bytes_atomically(path, buffer.getvalue())
-            return path
-        except OSError:
-            continue
-    return None
+            return work(tar)
+        except UserError as error:
+            return error
 
-
-def _load(path: Path, tar: Path) -> ShardIndex | None:
-    """The stored index, or None when it is absent, damaged or older than the tar."""
-    try:
-        # opened here, because np.load leaves a damaged file open
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            about = json.loads(stored["about"].tobytes())
-            stamp = tuple(about["stamp"])
-            if stamp != file_stamp(tar):
-                return None
-            columns = {name: stored[name] for name in _COLUMNS}
-            key_bytes = stored["key_bytes"].tobytes()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    rejected = tuple((key, reason) for key, reason in about["rejected"])
-    return ShardIndex(tar, stamp, key_bytes=key_bytes, rejected=rejected, **columns)
+    with (
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        closing(pool.map(attempt, tars)) as results,  # closing drops what has not begun
+        tqdm(results, title, len(tars), unit="shard", delay=2, disable=True if quiet else None) as bar,
+    ):
+        done = list(bar)
+    errors = [str(result) for result in done if isinstance(result, UserError)]
+    if len(errors) > 1:
+        more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise UserError(f"{len(errors)} shards cannot be used: {'; '.join(errors[:3])}{more}")
+    if errors:
+        raise UserError(errors[0])
+    return done
 
 
 def write_dali_index(index: ShardIndex, path: str | Path) -> None:

@@ -86,6 +86,15 @@ class SampleReader:
         places = self._places(samples, self.caption_offset, self.caption_size)
         return [self._pread(*place).decode("utf-8", "replace") for place in places]
 
+    def nouns(self, samples: np.ndarray, tags: str) -> list[list[str] | None]:
+        """What text.nouns(caption, tags) returns for each sample, where the index of its shard has it."""
+        shards = np.searchsorted(self.shard_start, samples, side="right") - 1
+        found: list[list[str] | None] = []
+        for shard, sample in zip(shards.tolist(), (samples - self.shard_start[shards]).tolist(), strict=True):
+            stored = self.indexes[shard].nouns
+            found.append(stored.of(sample) if stored is not None and stored.tags == tags else None)
+        return found
+
     def close(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])

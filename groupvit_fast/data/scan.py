@@ -22,6 +22,7 @@ import numpy as np
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data.images import MAX_PIXELS
+from groupvit_fast.data.index_nouns import StoredNouns
 from groupvit_fast.data.scan_python import PythonScan
 from groupvit_fast.data.text import clean
 
@@ -56,6 +57,8 @@ class ShardIndex:
     key_end: np.ndarray  # end of each key in key_bytes
     key_bytes: bytes
     rejected: tuple[tuple[str, str], ...]  # (key, reason)
+    verified: str = "header"  # or "full": every image was decoded
+    nouns: StoredNouns | None = None
 
     def __len__(self) -> int:
         return len(self.image_offset)
@@ -76,6 +79,7 @@ class ShardIndex:
             key_end=_ends(keys),
             key_bytes=b"".join(keys),
             rejected=self.rejected + named,
+            nouns=None,
         )
 
 

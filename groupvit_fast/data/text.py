@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 
 import numpy as np
@@ -23,11 +23,14 @@ START_TOKEN = 49406
 END_TOKEN = 49407
 
 # Tags that count as an object word. GroupViT section 4.1 draws nouns; the public training code also let
-# verbs through ("a dog running"), which is what "official" repeats.
+# verbs through ("a dog running"), which is what "official" repeats. "phrases" keeps the adjectives and nouns
+# that stand together as one ("red squares").
 NOUN_TAGS: dict[str, frozenset[str]] = {
     "official": frozenset({"NN", "NNS", "NNP", "VB", "VBD", "VBG", "VBN", "VBP", "VBZ"}),
     "nouns": frozenset({"NN", "NNS", "NNP", "NNPS"}),
+    "phrases": frozenset({"NN", "NNS", "NNP", "NNPS"}),
 }
+_ADJECTIVES = frozenset({"JJ", "JJR", "JJS"})
 
 # The tokenizer's own names of the control tokens. Cut after "<", where the byte-pair words are separate
 # anyway, they are spelled out like any other text; "<|endoftext|>" has no meaning to it.
@@ -110,32 +113,65 @@ def unique_rows(
 
 
 @cache
-def _tagger():
+def _tagger(name: str) -> Callable[[str], list[tuple[str, str]]]:
+    if name == "nltk":
+        import nltk
+
+        return lambda caption: nltk.pos_tag(nltk.word_tokenize(caption))
     from textblob.en.taggers import PatternTagger
 
-    return PatternTagger()
+    return PatternTagger().tag
 
 
 @lru_cache(maxsize=1 << 16)
-def _tagged_words(caption: str) -> tuple[tuple[str, str], ...]:
-    pairs = _tagger().tag(caption)
-    return tuple((w, tag) for w, tag in pairs if _WORD.fullmatch(w) and (len(w) > 1 or not w.isascii()))
+def _tagged(caption: str, tagger: str) -> tuple[tuple[str, str], ...]:
+    """(word, tag) of a cleaned caption; the tag is empty where the word is none."""
+    try:
+        pairs = _tagger(tagger)(caption)
+    except LookupError:
+        raise UserError(
+            "nltk has no data here: run python -m nltk.downloader averaged_perceptron_tagger_eng punkt_tab, "
+            "or leave out nltk:"
+        ) from None
+    return tuple(
+        (w, tag if _WORD.fullmatch(w) and (len(w) > 1 or not w.isascii()) else "") for w, tag in pairs
+    )
 
 
 def check_noun_tags(name: str) -> str:
-    """Return `name` if it is a row of NOUN_TAGS."""
-    if name not in NOUN_TAGS:
-        raise UserError(f"noun tags '{name}' are unknown; use one of {', '.join(NOUN_TAGS)}")
+    """Return `name` if it is a key of NOUN_TAGS, or one behind "nltk:", which chooses NLTK's tagger."""
+    if name.removeprefix("nltk:") not in NOUN_TAGS:
+        known = ", ".join(NOUN_TAGS)
+        raise UserError(f"noun tags '{name}' are unknown; use one of {known}, or nltk: before one")
     return name
 
 
 def nouns(caption: str, tags: str = "official") -> list[str]:
     """The distinct nouns of a caption in the order they appear, lower case.
 
-    `tags` names a row of NOUN_TAGS: "official" also counts verbs, as the public training code does.
+    `tags` names a row of NOUN_TAGS: "official" also counts verbs, as the public training code does, and
+    "phrases" returns noun phrases. Textblob's PatternTagger finds the word classes; with "nltk:" before the
+    name NLTK does, whose data has to be installed.
     """
-    wanted = NOUN_TAGS[check_noun_tags(tags)]
-    return list(dict.fromkeys(word for word, tag in _tagged_words(clean(caption)) if tag in wanted))
+    tagger, _, kind = check_noun_tags(tags).rpartition(":")
+    pairs = _tagged(clean(caption), tagger)
+    if kind == "phrases":
+        return list(dict.fromkeys(_phrases(pairs)))
+    return list(dict.fromkeys(word for word, tag in pairs if tag in NOUN_TAGS[kind]))
+
+
+def _phrases(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Adjectives and nouns in a row, up to the last noun of the row."""
+    row: list[str] = []
+    end = 0
+    for word, tag in (*pairs, ("", "")):
+        if tag in _ADJECTIVES or tag in NOUN_TAGS["phrases"]:
+            row.append(word)
+            end = end if tag in _ADJECTIVES else len(row)
+            continue
+        if end:
+            yield " ".join(row[:end])
+        row, end = [], 0
 
 
 def prompt_templates(name: str | Sequence[str]) -> tuple[str, ...]:
@@ -161,13 +197,15 @@ def draw_prompts(
     templates: Sequence[str] = PROMPT_TEMPLATES,
     tags: str = "official",
     fill: str = "caption",
+    words: Sequence[str] | None = None,
 ) -> list[str]:
     """Draw `k` prompts for a caption: up to k different nouns of it, each put into a random template.
 
     With fewer than `k` nouns, `fill` = "caption" fills the rest with the caption itself (GroupViT section
     3.2) and "noun" with its nouns over again; a caption without nouns always fills all.
+    `words` are the caption's nouns where they are known already.
     """
-    words = nouns(caption, tags)
+    words = nouns(caption, tags) if words is None else words
     chosen = rng.sample(words, min(k, len(words)))
     prompts = [rng.choice(templates).replace("{}", word) for word in chosen]
     again = prompts if fill == "noun" and prompts else [caption]

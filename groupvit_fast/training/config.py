@@ -49,7 +49,9 @@ class TrainConfig:
     reprob: float = option(0.0, "probability that a rectangle of an image is replaced by noise")
     prompt_templates: str = option("clip", "sentences around the nouns of prompts", choices=("clip", "noun"))
     noun_tags: str = option(
-        "official", "words that count as nouns; official: verbs too", choices=("official", "nouns")
+        "official",
+        "words that count as nouns; official: verbs too; nltk: NLTK finds them, not textblob",
+        choices=("official", "nouns", "phrases", "nltk:official", "nltk:nouns", "nltk:phrases"),
     )
     prompt_fill: str = option(
         "caption", "what fills the prompts of a caption with few nouns", choices=("caption", "noun")

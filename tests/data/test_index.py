@@ -1,6 +1,7 @@
 import gzip
 import os
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from nvidia.dali import fn, pipeline_def
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import index as index_module
+from groupvit_fast.data import index_files
 from groupvit_fast.data.index import expand_shards, read_index, write_dali_index, write_index
 
 
@@ -80,14 +82,14 @@ def test_damaged_stored_index_is_made_again(make_shards, content):
 
 def test_read_only_shard_folder_uses_the_cache(make_shards, tmp_path, monkeypatch):
     (tar,) = make_shards(5)
-    write = index_module.write_bytes_atomically
+    write = index_files.write_bytes_atomically
 
     def refuse(path, data):  # chmod does not stop root, so the file system's answer is played here
         if path.parent == tar.parent:
             raise PermissionError(13, "Permission denied", str(path))
         write(path, data)
 
-    monkeypatch.setattr(index_module, "write_bytes_atomically", refuse)
+    monkeypatch.setattr(index_files, "write_bytes_atomically", refuse)
     place = write_index(tar)
     assert place.is_relative_to(tmp_path / "cache" / "groupvit_fast")
     monkeypatch.setattr(index_module, "scan", None)
@@ -100,7 +102,7 @@ def test_no_writable_place_still_reads(make_shards, monkeypatch):
         raise OSError(30, "Read-only file system", str(path))
 
     (tar,) = make_shards(5)
-    monkeypatch.setattr(index_module, "write_bytes_atomically", refuse)
+    monkeypatch.setattr(index_files, "write_bytes_atomically", refuse)
     assert write_index(tar) is None
     assert len(read_index(tar)) == 5
 
@@ -140,3 +142,37 @@ def test_dali_reader_agrees_with_the_index(write_tar, tmp_path, noise_image):
     images, texts = reader().run()
     assert [np.asarray(image).tobytes() for image in images] == [data for _, data in members]
     assert [np.asarray(text).tobytes() for text in texts] == [data for _, data in captions]
+
+
+def test_a_stale_index_is_said_in_one_line_that_names_the_shard(make_shards, caplog):
+    (tar,) = make_shards(5)
+    read_index(tar)
+    status = tar.stat()
+    assert not caplog.messages
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1
+    tar.write_bytes(data)
+    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))  # size and time tell nothing: the hash does
+    read_index(tar)
+    assert caplog.messages == [f"{tar}: changed since it was indexed; it is indexed again"]
+    read_index(tar)
+    assert len(caplog.messages) == 1
+
+
+def test_all_unusable_shards_are_named_at_once(tmp_path, make_shards):
+    good = make_shards(3)
+    (tmp_path / "a.tar").write_bytes(b"")
+    (tmp_path / "b.tar").write_bytes(b"<html>404</html>")
+    with pytest.raises(
+        UserError, match=r"^2 shards cannot be used: .*a.tar: the shard is empty.*; .*b.tar: not a"
+    ):
+        index_module.read_indexes([tmp_path / "a.tar", *good, tmp_path / "b.tar"])
+
+
+def test_stored_index_is_compact_and_complete(make_shards):
+    (tar,) = make_shards(1000, per_shard=1000)
+    place = write_index(tar)
+    assert place.stat().st_size < 45 * 1000 + 4096
+    fresh, stored = index_module.scan(tar), read_index(tar)
+    for field in fields(fresh):
+        assert np.array_equal(getattr(fresh, field.name), getattr(stored, field.name)), field.name
