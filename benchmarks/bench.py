@@ -67,9 +67,10 @@ _TESTS = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 _TESTS += ("-n", "8") if find_spec("xdist") else ()
 GPU_PARTS = (
     _bench("ceilings", 40),
-    _bench("kernel_bench", 110),
+    _bench("kernel_bench", 150, "--seconds", "0.4"),
     Part("operator_tests", 120, (*_TESTS, "tests/ops", "-k", "cuda and not host_cuda")),
-    _bench("train_bench", 90),
+    _bench("train_bench", 90, "--compile", "--seconds", "10"),
+    _bench("train_bench_large", 60, "--compile", "--only-ours", "--batch-size", "1024", script="train_bench"),
     _bench("eval_bench", 60),
     _bench("data_bench", 45),
     *(

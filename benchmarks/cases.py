@@ -194,15 +194,18 @@ def decode_case(
 def official_cases(device: str, dtype: torch.dtype, *, full: bool) -> list[Callable[[], Case]]:
     """Both grouping stages at 224 px, with `full` at 448 px too; made one at a time, to keep memory free."""
     batches = (256, 1024) if device == "cuda" else (32,)
-    makers: list[Callable[[], Case]] = []
+    token_cases: list[list[Callable[[], Case]]] = []
     for batch in batches:
         stages = [(batch, 64, 196), (batch, 8, 64)] + ([(batch // 4, 64, 784)] if full else [])
-        makers += [lambda s=s: attention_case(s[0], 6, s[1], s[2], 64, device, dtype) for s in stages]
-        makers += [lambda s=s: assign_case(*s, 384, device, dtype) for s in stages]
+        token_cases.append(
+            [lambda s=s: attention_case(s[0], 6, s[1], s[2], 64, device, dtype) for s in stages]
+            + [lambda s=s: assign_case(*s, 384, device, dtype) for s in stages]
+        )
     windows = 64 if device == "cuda" else 1
-    makers += [lambda: upsample_case(batches[0] // 4, 8, 14, 224, device, dtype)]
+    makers = [lambda: upsample_case(batches[0] // 4, 8, 14, 224, device, dtype)]
     makers += [lambda: decode_case(windows, 20, (28, 28), (448, 448), device, dtype)]
     if full:
         makers += [lambda: upsample_case(batches[0] // 16, 8, 28, 448, device, dtype)]
         makers += [lambda: decode_case(windows, 80, (28, 37), (448, 597), device, dtype)]
-    return makers
+    first, *larger = token_cases  # the larger batches last: a run that is cut off has every operator
+    return [*first, *makers, *(make for batch in larger for make in batch)]

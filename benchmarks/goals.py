@@ -29,6 +29,7 @@ class Goal:
     measure: str = "ratio"
     unit: str = "{:.2f} x"
     less: bool = False  # less is better
+    best: bool = False  # the best row counts, not the worst: one of several settings suffices
     must: float | None = None
     target: float | None = None
     moonshot: float | None = None
@@ -82,8 +83,8 @@ def judge(
     found = sorted(measured(goal, results[goal.bench]["rows"]), key=lambda pair: pair[0])
     if not found:
         return Verdict(goal, None, "not measured", f"{goal.bench} has no such row")
-    value, row = found[-1] if goal.less else found[0]
-    many = f"the worst of {len(found)}: " if len(found) > 1 else ""
+    value, row = found[-1] if goal.less != goal.best else found[0]
+    many = f"the {'best' if goal.best else 'worst'} of {len(found)}: " if len(found) > 1 else ""
     return Verdict(goal, value, goal.reached(value), many + describe(row))
 
 

@@ -120,18 +120,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{bandwidth_text}; {dtype}; medians of interleaved calls, {arguments.clock} clock")
     print(HEADER)
     rows: list[Row] = []
+    about = {"dtype": str(dtype), "clock": arguments.clock, "copy_bytes_per_s": bandwidth}
     compiled = arguments.compile or arguments.full or device == "cuda"
+    settings = {"compiled": compiled, "seconds": arguments.seconds, "clock": arguments.clock}
     for make in official_cases(device, dtype, full=arguments.full or device == "cuda"):
         case = make()
         if arguments.only and arguments.only not in case.operator:
             continue
-        settings = {"compiled": compiled, "seconds": arguments.seconds, "clock": arguments.clock}
         for contenders in measure(case, device, bandwidth, **settings):
             print(line(contenders), flush=True)
             rows += contenders
-    if arguments.json:
-        settings = {"dtype": str(dtype), "clock": arguments.clock, "copy_bytes_per_s": bandwidth}
-        write_result(arguments.json, "kernel_bench", rows, device=device, **settings)
+        if arguments.json:
+            write_result(arguments.json, "kernel_bench", rows, device=device, **about)
     if arguments.plot:
         plots.draw(rows, arguments.plot)
     return 0

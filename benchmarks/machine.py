@@ -64,7 +64,10 @@ def value_row(name: str, case: str, contender: str, value: float, unit: str, **m
 def write_result(
     path: Path, bench: str, rows: Iterable[Row], *, device: str = "cpu", **settings: Any
 ) -> None:
-    """Write rows with everything that a reader needs to repeat them; `settings` are the bench's own."""
+    """Write rows with everything that a reader needs to repeat them; `settings` are the bench's own.
+
+    A long bench calls this after every case, so that what it had is there when it is cut off.
+    """
     write_json(path, {"bench": bench, "machine": describe(device), "settings": settings, "rows": list(rows)})
 
 

@@ -37,7 +37,7 @@ def read_parts(folder: Path) -> dict[str, Any]:
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """Every result file of a folder by the name of its bench."""
+    """Every result file of a folder by the name of its bench; files of one bench become one."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -45,7 +45,8 @@ def read_results(folder: Path) -> dict[str, Result]:
         except json.JSONDecodeError:
             continue  # a part that was cut off while it wrote; parts.json says so
         if isinstance(value, dict) and {"bench", "machine", "rows"} <= value.keys():
-            found[value["bench"]] = value
+            before = found.get(value["bench"], {"rows": []})["rows"]
+            found[value["bench"]] = value | {"rows": before + value["rows"]}
     return found
 
 

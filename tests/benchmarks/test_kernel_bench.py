@@ -89,3 +89,11 @@ def test_a_back_end_that_refuses_is_left_out(monkeypatch):
     named = {"flash": sdpa.SDPBackend.FLASH_ATTENTION, "cudnn": sdpa.SDPBackend.CUDNN_ATTENTION}
     monkeypatch.setattr(sdpa, "NAMED", {"cpu": named | {"math": sdpa.SDPBackend.MATH}})
     assert list(sdpa.candidates(leaves)) == ["SDPA", "SDPA math"]
+
+
+def test_what_was_timed_before_an_end_is_kept(monkeypatch, tmp_path):
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr(ops, "upsample_masks", lambda maps, size: maps.new_zeros(*maps.shape[:2], *size))
+    assert run_command(kernel_bench.main, ["--device", "cpu", "--seconds", "0", "--json", str(path)]) == 1
+    names = {row["name"].split()[0] for row in json.loads(path.read_text())["rows"]}
+    assert names == {"group_attention", "gumbel_assign"}

@@ -54,6 +54,22 @@ def test_less_can_be_better():
     assert goal.levels() == "<= 3000.00 x"
 
 
+def test_the_best_of_several_settings_can_count():
+    goal = Goal(
+        "cuda", "kernel_bench", "", "", "op .*", measure="per_second", best=True, must=400, contender=".*"
+    )
+    found = judged(goal, rows(items=3) + rows("op backward", eager=4.0, items=3))
+    assert found.value == pytest.approx(1500)
+    assert found.why.startswith("the best of 4: ")
+
+
+def test_files_of_one_bench_are_read_together(tmp_path):
+    machine.write_result(tmp_path / "a.json", "kernel_bench", rows())
+    machine.write_result(tmp_path / "b.json", "kernel_bench", rows("op backward"))
+    (result,) = report.read_results(tmp_path).values()
+    assert len(result["rows"]) == 4
+
+
 def test_memory_is_that_of_the_same_case():
     goal = Goal("cpu", "kernel_bench", "", "", "op .*", measure="memory", must=3)
     peaks = {"eager": 600, "ours": 100}
