@@ -93,7 +93,7 @@ def nsight(kernels: Sequence[str], device: str) -> tuple[str, str]:
 
 def _plain(kernel: str) -> str:
     """The name without return type, namespace, template and call parameters."""
-    head = re.split(r"[<(]", kernel.removeprefix("void "))[0]
+    head = re.split(r"[<(]", kernel.removeprefix("void ").replace("(anonymous namespace)::", ""))[0]
     return re.escape(head.rsplit("::", 1)[-1].strip())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,3 +63,22 @@ def test_the_file_says_what_the_numbers_belong_to(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [("no-such-program",), ("false",)])
 def test_a_program_that_is_absent_or_fails_says_nothing(command):
     assert machine._output(*command) == ""
+
+
+def test_a_gpu_is_described_with_its_driver(monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '580.65.06, 1980 MHz, 2619 MHz, 31, 112.40 W'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9, minor=0, multi_processor_count=132
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: properties.name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = machine.describe("cuda")
+    assert found["slug"] == "nvidia-h100-80gb-hbm3"
+    assert found["gpu"]["driver"] == "580.65.06"
+    assert found["gpu"]["clocks"] == "1980 MHz, 2619 MHz, 31, 112.40 W"
+    assert found["gpu"]["capability"] == "9.0"
+    assert "NVIDIA H100 80GB HBM3, driver 580.65.06" in machine.one_line(found)
