@@ -31,7 +31,7 @@ from groupvit_fast.segmentation.explore import (
 )
 
 WEB = Path(__file__).with_name("web")
-SHOWN_SIDE = 1200
+SHOWN_SIDE = 960
 """Longest side of a photo in the page; larger ones are reduced."""
 LOSSLESS_SIDE = 256
 CLASSES_OF_GROUP = 4

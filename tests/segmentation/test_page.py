@@ -102,11 +102,11 @@ def test_groups_parents_and_soft_maps(parts):
 
 
 def test_large_photos_are_reduced(parts):
-    assert page.page_size((6000, 8000)) == (900, 1200)
+    assert page.page_size((6000, 8000)) == (720, 960)
     assert page.page_size((1, 1)) == (1, 1)
-    assert page.page_size((1, 90_000)) == (1, 1200)
+    assert page.page_size((1, 90_000)) == (1, 960)
     _, _, part, labels = parts(["sea", "sand"], shape=(1400, 70))
-    assert part["shown"] == [1200, 60] == labels["labels"]["shape"]
+    assert part["shown"] == [960, 48] == labels["labels"]["shape"]
     assert (part["width"], part["height"]) == (70, 1400)
 
 

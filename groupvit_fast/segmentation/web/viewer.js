@@ -195,7 +195,9 @@ class Viewer {
   leave() {
     this.at = null;
     this.tip.hidden = this.cross.hidden = true;
-    this.reading.textContent = "Point at the picture, or focus it and use the arrow keys, to read class and score.";
+    this.reading.textContent = this.heat === null
+      ? "Point at the picture, or focus it and use the arrow keys, to read class and score."
+      : `Soft map of group ${this.heat + 1}: the brighter, the more it claims the place.`;
     mark(this.side, null);
   }
 
@@ -229,6 +231,7 @@ class Viewer {
   showHeat(group) {
     this.heat = this.heat === group ? null : group;
     this.focus = null;
+    if (!this.at) this.leave();
     this.refresh();
   }
 }
