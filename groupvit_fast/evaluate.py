@@ -60,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--background-threshold", type=float, metavar="T", help="score below which is background"
     )
+    parser.add_argument(
+        "--modes", metavar="LIST", help="with --output: also these pictures of every image, as in segment"
+    )
     add_common_flags(parser, output="folder for result.json, classes.csv and examples.png")
     return parser
 
@@ -68,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from groupvit_fast.model import load_model
     from groupvit_fast.segmentation import evaluate, open_dataset
+    from groupvit_fast.segmentation.modes import parse_modes
     from groupvit_fast.segmentation.options import protocol_from_flags, require_writable
     from groupvit_fast.segmentation.report import Evaluation
 
@@ -75,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(protocol_from_flags(args).explain())
         return 0
     _check_arguments(args)
+    modes = parse_modes(args.modes) if args.modes else []
     require_writable(args.json)
     require_writable(args.output, folder=True)
     before = Evaluation.from_json(_read_json(args.compare)) if args.compare else None
@@ -99,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = {"checkpoint": str(args.checkpoint), "root": str(args.root), **result.to_json()}
     if args.output:
         _write_folder(args, model, dataset, protocol, result, values, device)
+        if modes:
+            _write_gallery(args, model, dataset, protocol, modes)
     if args.json:
         write_json(args.json, values)
     return 0
@@ -109,6 +116,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError("no checkpoint given; name a run folder, a converted folder or a .pth file")
     if args.root is None:
         raise UserError(f"dataset {args.dataset}: --root is missing; give the folder of the dataset")
+    if args.modes and not args.output:
+        raise UserError("--modes needs a folder for the pictures; give --output")
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -169,6 +178,17 @@ def _write_folder(args, model, dataset, protocol, result, values, device) -> Non
     write_text_atomically(args.output / "classes.csv", text.getvalue())
     save_atomically(picture, args.output / "examples.png")
     print(f"\nwritten: {args.output}/result.json, classes.csv, examples.png")
+
+
+def _write_gallery(args, model, dataset, protocol, modes) -> None:
+    from groupvit_fast.segmentation.gallery import save_gallery
+
+    folder = args.output / "pictures"
+    count = save_gallery(
+        model, dataset, protocol, modes, folder,
+        limit=args.limit, background_threshold=args.background_threshold,
+    )  # fmt: skip
+    print(f"written: {', '.join(modes)} of {count} images in {folder}")
 
 
 if __name__ == "__main__":

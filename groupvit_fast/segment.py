@@ -197,8 +197,8 @@ class Segmenter:
         from groupvit_fast.segmentation.prompts import BACKGROUND, synonyms
 
         self.model, self.text, self.protocol = model, text, protocol
-        self.background = protocol.background_threshold is not None
-        self.names = [BACKGROUND] * self.background + [synonyms(entry)[0] for entry in entries]
+        background = protocol.background_threshold is not None
+        self.names = [BACKGROUND] * background + [synonyms(entry)[0] for entry in entries]
 
     def segment(self, path: Path, output: Path, modes: Sequence[str], *, page: bool) -> tuple[dict, dict]:
         """Write the files of one photo; return its result and, for a page, what the viewer needs of it."""
@@ -218,22 +218,14 @@ class Segmenter:
     def _segment(
         self, path: Path, image, output: Path, modes: Sequence[str], page: bool
     ) -> tuple[dict, dict]:
-        import torch
+        import numpy as np
 
-        from groupvit_fast.segmentation.explore import encode_photo, label_photo, score_photo
-        from groupvit_fast.segmentation.modes import MODES, View
-        from groupvit_fast.segmentation.pictures import save_atomically
+        from groupvit_fast.segmentation.modes import save_modes, view_photo
 
-        photo = encode_photo(self.model, torch.tensor(image), self.protocol)
-        scores = score_photo(self.model, photo, self.text, self.protocol)
-        labels = label_photo(scores, photo.size)
-        shares = (torch.bincount(labels.flatten(), minlength=len(self.names)) / labels.numel()).tolist()
-        view = View(image, labels.int().cpu().numpy(), self.names, self.background, photo, scores)
-        files = {}
-        for mode in modes:
-            file = output.with_name(f"{output.name}_{mode}.png")
-            save_atomically(MODES[mode](view), file)
-            files[mode] = str(file)
+        view = view_photo(self.model, image, self.text, self.protocol, self.names)
+        labels = view.labels.ravel()
+        shares = (np.bincount(labels, minlength=len(self.names)) / labels.size).tolist()
+        files = save_modes(view, modes, output)
         result = {
             "image": str(path),
             "width": image.shape[1],
@@ -250,7 +242,7 @@ class Segmenter:
 
         picture = data_url(*picture_bytes(view.image))
         size = view.photo.size
-        labels = label_part(view.scores, size, self.names, background=self.background, shares=shares)
+        labels = label_part(view.scores, size, self.names, background=view.background, shares=shares)
         return {**photo_part(name, view.photo, picture), **labels}
 
 

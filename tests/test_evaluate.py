@@ -84,6 +84,20 @@ def test_knobs_limit_and_comparison(checkpoint, root, tmp_path, capsys):
     assert f"before{json.loads(first.read_text())['miou']:>16.3f}" in out
 
 
+def test_pictures_of_every_image(checkpoint, root, tmp_path, capsys):
+    (root / "JPEGImages/b.jpg").write_bytes(b"no")
+    words = [checkpoint, "--root", root, "--output", tmp_path / "out", "--device", "cpu", "--limit", 3]
+    assert run(*words, "--modes", "mask, final_group") == 0
+    folder = tmp_path / "out/pictures"
+    assert {path.name for path in folder.iterdir()} == {
+        f"{key}_{mode}.png" for key in "ac" for mode in ("mask", "final_group")
+    }
+    assert f"written: mask, final_group of 2 images in {folder}" in capsys.readouterr().out
+    confusion = np.array(json.loads((tmp_path / "out/result.json").read_text())["confusion"])
+    labels = [np.asarray(Image.open(folder / f"{key}_mask.png")) for key in "ac"]
+    assert np.bincount(np.ravel(labels), minlength=4).tolist() == confusion.sum(axis=0).tolist()
+
+
 def test_background(checkpoint, root, capsys):
     (root / "classes.txt").write_text("\n".join(["background", *NAMES]))
     assert run(checkpoint, "--root", root) == 1
@@ -141,6 +155,8 @@ def one_line(capsys) -> str:
         (["{weights}", "--root", "{root}", "--compare", "{root}/classes.txt"], "not a JSON result"),
         (["{weights}", "--root", "{root}", "--json", "{root}"], "is a folder"),
         (["{weights}", "--root", "{root}", "--output", "{root}/classes.txt"], "is not a folder"),
+        (["{weights}", "--root", "{root}", "--modes", "pred"], "give --output"),
+        (["{weights}", "--root", "{root}", "--output", "{root}/o", "--modes", "prod"], "did you mean pred"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(checkpoint, root, tmp_path, capsys, words, message):

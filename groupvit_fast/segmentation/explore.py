@@ -27,7 +27,6 @@ from groupvit_fast.segmentation.decode import (
     merge_windows,
     nearest_windows,
     resize_labels,
-    resize_nearest,
     score_rows,
     winning_groups,
 )
@@ -49,7 +48,7 @@ class EncodedPhoto(NamedTuple):
     """A photo as the model sees it, whatever the class names.
 
     size: (H, W) of the photo; boxes: its windows, in pixels of the resized photo; encodings: one a window,
-    of batch size 1; members: per window the final group of each pixel, int64 [h, w].
+    of batch size 1; members: per window the final group of each pixel, int16 [h, w].
     """
 
     size: tuple[int, int]
@@ -65,7 +64,7 @@ class EncodedPhoto(NamedTuple):
 class Scores(NamedTuple):
     """What a class list gives for a photo.
 
-    row_of_pixel: int64 [h, w], for each pixel of the resized photo its row of `rows`, float [R, C].
+    row_of_pixel: int32 [h, w], for each pixel of the resized photo its row of `rows`, float [R, C].
     rule: how a row becomes a label; by_label: [R, labels], 0..1, the rows as scores of labels.
     groups: [windows, G, K], 0..1, scores of the classes for each final group; background is none of them.
     """
@@ -98,7 +97,8 @@ def encode_photo(model: torch.nn.Module, image: Tensor, protocol: Protocol) -> E
                 "the model gives NaN: these weights are damaged or diverged; use another checkpoint"
             )
         encodings += [_one(encoding, index) for index in range(len(encoding.groups))]
-    members = [winning_groups(low_resolution_maps(item).float(), (height, width))[0] for item in encodings]
+    maps = (low_resolution_maps(item).float() for item in encodings)
+    members = [winning_groups(part, (height, width))[0].short() for part in maps]
     return EncodedPhoto(tuple(image.shape[:2]), boxes, encodings, members)
 
 
@@ -143,7 +143,7 @@ def score_of_labels(scores: Scores, labels: Tensor) -> Tensor:
 
 
 def stage_groups(photo: EncodedPhoto, stage: int, size: tuple[int, int]) -> Tensor:
-    """int64 [*size]: the group of grouping stage `stage` that each pixel belongs to, window * S + group.
+    """int32 [*size]: the group of grouping stage `stage` that each pixel belongs to, window * S + group.
 
     S is the number of groups of that stage. Where windows overlap, the one with the nearest centre counts.
     """
@@ -153,8 +153,8 @@ def stage_groups(photo: EncodedPhoto, stage: int, size: tuple[int, int]) -> Tens
         window = tuple(photo.members[0].shape)
         soft = [ops.compose_assignments(item.maps[: stage + 1]) for item in photo.encodings]
         maps = [part.unflatten(-1, photo.encodings[0].grid).float() for part in soft]
-        members, count = [winning_groups(part, window)[0] for part in maps], maps[0].shape[1]
-    return resize_nearest(nearest_windows(members, photo.boxes, count), size)
+        members, count = [winning_groups(part, window)[0].short() for part in maps], maps[0].shape[1]
+    return nearest_windows(members, photo.boxes, count, size)
 
 
 def soft_maps(photo: EncodedPhoto) -> Tensor:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from groupvit_fast.console import UserError
 from groupvit_fast.segmentation import pictures
 from groupvit_fast.segmentation.colours import class_colours, group_colours
-from groupvit_fast.segmentation.explore import EncodedPhoto, Scores, soft_maps, stage_groups
+from groupvit_fast.segmentation.explore import (
+    EncodedPhoto,
+    Scores,
+    encode_photo,
+    label_photo,
+    score_photo,
+    soft_maps,
+    stage_groups,
+)
+from groupvit_fast.segmentation.prompts import ClassText
+from groupvit_fast.segmentation.protocols import Protocol
 
 HEAT_TILE = 240
 MOST_HEAT_TILES = 32
@@ -51,6 +63,24 @@ class View:
 
     def shown_groups(self, stage: int) -> np.ndarray:
         return stage_groups(self.photo, stage, self.size).cpu().numpy()
+
+
+def view_photo(
+    model: torch.nn.Module, image: np.ndarray, text: ClassText, protocol: Protocol, names: Sequence[str]
+) -> View:
+    """Segment one photo (uint8 [H, W, 3]) under a resolved protocol; names[k] belongs to label k."""
+    photo = encode_photo(model, torch.tensor(image), protocol)
+    scores = score_photo(model, photo, text, protocol)
+    labels = label_photo(scores, photo.size).int().cpu().numpy()
+    return View(image, labels, names, protocol.background_threshold is not None, photo, scores)
+
+
+def save_modes(view: View, modes: Sequence[str], path: Path) -> dict[str, str]:
+    """Write PATH_MODE.png for each mode; returns the file of each."""
+    files = {mode: path.with_name(f"{path.name}_{mode}.png") for mode in modes}
+    for mode, file in files.items():
+        pictures.save_atomically(MODES[mode](view), file)
+    return {mode: str(file) for mode, file in files.items()}
 
 
 def draw_input(view: View) -> Image.Image:

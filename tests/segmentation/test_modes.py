@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from groupvit_fast.console import UserError
 from groupvit_fast.segmentation import pictures, protocol
 from groupvit_fast.segmentation.colours import BACKGROUND_COLOUR, class_colours
-from groupvit_fast.segmentation.explore import encode_photo, label_photo, score_photo
-from groupvit_fast.segmentation.modes import MODES, View, parse_modes, soft_map_on
+from groupvit_fast.segmentation.modes import MODES, View, parse_modes, save_modes, soft_map_on, view_photo
 from groupvit_fast.segmentation.prompts import encode_classes
 
 NAMES = ["sky", "sea", "sand", "boat"]
@@ -22,11 +22,8 @@ def make_view(tools):
         image = tools.blobs(*shape, np.random.default_rng(4))
         knobs = {"short_side": 32, "crop": 32, "stride": 16, "background_threshold": threshold}
         chosen = tools.replace(protocol("official"), **knobs)
-        photo = encode_photo(model, torch.tensor(image), chosen)
-        scores = score_photo(model, photo, encode_classes(model, NAMES, chosen.templates), chosen)
-        labels = label_photo(scores, shape).numpy()
-        background = threshold is not None
-        return View(image, labels, ["background"] * background + NAMES, background, photo, scores)
+        names = ["background"] * (threshold is not None) + NAMES
+        return view_photo(model, image, encode_classes(model, NAMES, chosen.templates), chosen, names)
 
     return make
 
@@ -100,3 +97,11 @@ def test_parse_modes():
         parse_modes("final")
     with pytest.raises(UserError, match="unknown picture ''"):
         parse_modes("pred,")
+
+
+def test_pictures_are_saved_under_their_names(make_view, tmp_path):
+    view = make_view()
+    files = save_modes(view, ["pred", "mask"], tmp_path / "new" / "a.b")
+    assert files == {mode: str(tmp_path / f"new/a.b_{mode}.png") for mode in ("pred", "mask")}
+    with Image.open(files["mask"]) as mask:
+        assert np.array_equal(np.asarray(mask), view.labels)

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -60,12 +60,13 @@ def ask(demo, method, path, body=None, **headers):
 
 def send_raw(demo, data: bytes, *, end: bool = True) -> bytes:
     """The answer to any bytes; `end`: nothing more will come."""
+    parts = []
     with socket.create_connection(("127.0.0.1", demo.server_port), timeout=20) as connection:
         try:
             connection.sendall(data)
             if end:
-                connection.shutdown(socket.SHUT_WR)
-            parts = []
+                with suppress(OSError):  # the server may have closed already
+                    connection.shutdown(socket.SHUT_WR)
             while part := connection.recv(1 << 16):
                 parts.append(part)
         except ConnectionError:
