@@ -83,27 +83,32 @@ void add_column_sums(Rows<const T> rows, index_t count, index_t padded_width, T*
 }
 
 // to[column][i] = rows[i][column], i padded with zeros to whole vectors: the layout in which a product over
-// `width` has its results along the vector.
-template <class T>
-void transpose_rows(Rows<T> rows, index_t count, index_t width, T* to, index_t to_row) {
+// `width` has its results along the vector. `row_of(i)` is where row i begins.
+template <class T, class RowOf>
+void transpose_by(RowOf row_of, index_t count, index_t width, T* to, index_t to_row) {
     constexpr int lanes = kLanes<T>;
     for (index_t i = 0; i < count; i += lanes) {
         const int block = static_cast<int>(smaller<index_t>(lanes, count - i));
         for (index_t j = 0; j < width; j += lanes) {
             Vector<T> square[lanes] = {};
-            for (int k = 0; k < block; ++k) square[k] = load(rows[i + k] + j);
+            for (int k = 0; k < block; ++k) square[k] = load(row_of(i + k) + j);
             transpose_square<T>(square);
             for (int k = 0; k < lanes && j + k < width; ++k) store(to + (j + k) * to_row + i, square[k]);
         }
     }
 }
 
+template <class T>
+void transpose_rows(Rows<T> rows, index_t count, index_t width, T* to, index_t to_row) {
+    transpose_by<T>([rows](index_t i) { return rows[i]; }, count, width, to, to_row);
+}
+
 // The same for at most half a vector of rows, two columns at a time, as paired_product wants them: a pair moves
-// as one element of twice the size.
+// as one element of twice the size, though a row need not begin at a multiple of one.
 inline void transpose_pairs(Rows<float> rows, index_t count, index_t width, float* to) {
     static_assert(sizeof(double) == 2 * sizeof(float));
-    transpose_rows<double>({reinterpret_cast<double*>(rows.data), rows.row / 2}, count, width / 2,
-                           reinterpret_cast<double*>(to), kLanes<double>);
+    const auto row_of = [rows](index_t i) { return reinterpret_cast<const double*>(rows[i]); };
+    transpose_by<double>(row_of, count, width / 2, reinterpret_cast<double*>(to), kLanes<double>);
 }
 
 // Memory of one thread for one call, in pieces aligned for any vector.

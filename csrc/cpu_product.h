@@ -25,6 +25,8 @@ GVIT_INLINE void product_block(Strided<T> a, const T* b, index_t b_row, T* c, in
             for (int m = 0; m < rows; ++m) __builtin_prefetch(a.data + (m + rows) * a.row + k);
         Vector<T> right[vectors];
         for (int v = 0; v < vectors; ++v) right[v] = load(b + k * b_row + v * lanes);
+        if (rows <= 4)  // so little is done with a row of b that its loads decide
+            for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + (k + 16) * b_row + v * lanes);
         for (int m = 0; m < rows; ++m) {
             const T left = a.data[m * a.row + k * a.column];
             for (int v = 0; v < vectors; ++v) sum[m][v] += left * right[v];
@@ -110,20 +112,20 @@ inline void paired_product(const float* a, index_t a_row, const float* b, float*
     for (; m < count; m += 2) paired_block<2>(a + m * a_row, m + 1 < count ? a_row : 0, b, c + m * c_row, depth);
 }
 
-// Lane i of the result is the sum over the lanes of v[i].
+// Lane i of the result is the sum over the lanes of v[i]: neighbours are added until one vector is left.
 template <class T>
 GVIT_INLINE Vector<T> sum_of_each(Vector<T>* v) {
-    transpose_square<T>(v);
-    for (int half = kLanes<T> / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    for (int count = kLanes<T>; count > 1; count /= 2)
+        for (int i = 0; i < count / 2; ++i)
+            v[i] = shuffle<T, Every<2, 0>>(v[2 * i], v[2 * i + 1]) + shuffle<T, Every<2, 1>>(v[2 * i], v[2 * i + 1]);
     return v[0];
 }
 
-// c[m][n] = a[m] . b[n] for at most `a_rows` x `b_rows` pairs, one accumulator each; more rows of a block than
+// c(m, n) = a[m] . b[n] for at most `a_rows` x `b_rows` pairs, one accumulator each; more rows of a block than
 // there are repeat the last one.
 template <class T, int a_rows, int b_rows>
-GVIT_INLINE void dot_block(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t a_count, index_t b_count,
-                           index_t padded_depth) {
+GVIT_INLINE void dot_block(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t c_column, index_t a_count,
+                           index_t b_count, index_t padded_depth) {
     static_assert(a_rows * b_rows == kLanes<T>);
     const T *left[a_rows], *right[b_rows];
     for (int m = 0; m < a_rows; ++m) left[m] = a[smaller<index_t>(m, a_count - 1)];
@@ -134,31 +136,34 @@ GVIT_INLINE void dot_block(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t a_
         for (int n = 0; n < b_rows; ++n) other[n] = load(right[n] + k);
         for (int m = 0; m < a_rows; ++m) {
             const Vector<T> one = load(left[m] + k);
+            __builtin_prefetch(left[m] + a_rows * a.row + k);
             for (int n = 0; n < b_rows; ++n) sum[m * b_rows + n] += one * other[n];
         }
     }
     const Vector<T> total = sum_of_each<T>(sum);
+    if (b_rows == 1 && c_row == 1 && a_count >= a_rows) return store(c, total);
     for (int m = 0; m < smaller<index_t>(a_rows, a_count); ++m)
-        for (int n = 0; n < smaller<index_t>(b_rows, b_count); ++n) c[m * c_row + n] = total[m * b_rows + n];
+        for (int n = 0; n < smaller<index_t>(b_rows, b_count); ++n) c[m * c_row + n * c_column] = total[m * b_rows + n];
 }
 
 template <class T, int b_rows>
-void dot_blocks(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t a_count, index_t b_count, index_t padded_depth) {
+void dot_blocks(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t c_column, index_t a_count, index_t b_count,
+                index_t padded_depth) {
     constexpr int a_rows = kLanes<T> / b_rows;
     for (index_t m = 0; m < a_count; m += a_rows)
         for (index_t n = 0; n < b_count; n += b_rows)
-            dot_block<T, a_rows, b_rows>({a[m], a.row}, {b[n], b.row}, c + m * c_row + n, c_row, a_count - m,
-                                         b_count - n, padded_depth);
+            dot_block<T, a_rows, b_rows>({a[m], a.row}, {b[n], b.row}, c + m * c_row + n * c_column, c_row, c_column,
+                                         a_count - m, b_count - n, padded_depth);
 }
 
-// c[m][n] = a[m] . b[n]: both operands by rows, so nothing need be transposed and few columns waste no lanes.
+// c(m, n) = a[m] . b[n]: both operands by rows, so nothing need be transposed and few columns waste no lanes.
 template <class T>
-void product_of_rows(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t a_count, index_t b_count,
+void product_of_rows(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t c_column, index_t a_count, index_t b_count,
                      index_t padded_depth) {
-    if (b_count == 1) return dot_blocks<T, 1>(a, b, c, c_row, a_count, b_count, padded_depth);
+    if (b_count == 1) return dot_blocks<T, 1>(a, b, c, c_row, c_column, a_count, 1, padded_depth);
     if constexpr (kLanes<T> >= 16)
-        if (b_count > 2) return dot_blocks<T, 4>(a, b, c, c_row, a_count, b_count, padded_depth);
-    dot_blocks<T, 2>(a, b, c, c_row, a_count, b_count, padded_depth);
+        if (b_count > 2) return dot_blocks<T, 4>(a, b, c, c_row, c_column, a_count, b_count, padded_depth);
+    dot_blocks<T, 2>(a, b, c, c_row, c_column, a_count, b_count, padded_depth);
 }
 
 // Whether that is cheaper for one operand of few rows: counted in multiplications of vectors, with the sums over
@@ -166,7 +171,7 @@ void product_of_rows(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t a_count,
 template <class T>
 bool by_rows(index_t a_count, index_t b_count, index_t depth) {
     constexpr index_t lanes = kLanes<T>;
-    const index_t by_rows = (depth + 5 * lanes) * a_count * b_count / lanes;
+    const index_t by_rows = (depth + 3 * lanes) * a_count * b_count / lanes;
     const index_t transposed = depth * a_count * ceil_div(b_count, lanes) + depth * b_count;
     return by_rows < transposed;
 }

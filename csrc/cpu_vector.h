@@ -111,6 +111,14 @@ GVIT_REDUCE_LANES(largest_lane, larger_of(v, other))
 GVIT_REDUCE_LANES(smallest_lane, smaller_of(v, other))
 #undef GVIT_REDUCE_LANES
 
+// A reduction whose result is in every lane.
+template <class T, int half = kLanes<T> / 2, class Combine>
+GVIT_INLINE Vector<T> all_lanes(Vector<T> v, Combine combine) {
+    v = combine(v, shuffle<T, Exchange<half>>(v, v));
+    if constexpr (half > 1) return all_lanes<T, half / 2>(v, combine);
+    return v;
+}
+
 // Transposes a square of kLanes rows: log2 rounds of perfect shuffles of row i with row i + half.
 template <class T>
 GVIT_INLINE void transpose_square(Vector<T>* row) {

@@ -7,61 +7,67 @@ template <class S>
 class AttentionForward : AttentionTile<S> {
     using Base = AttentionTile<S>;
     using T = typename Base::T;
-    using Base::groups, Base::paired;
-    using Base::p, Base::groups_row, Base::vector_row, Base::depth_row, Base::logits, Base::memory, Base::tile;
+    using Base::lanes, Base::p, Base::groups, Base::depth_row, Base::logits, Base::memory, Base::tile;
+    using Base::token_step, Base::group_step, Base::vector_step, Base::block_step;
 
-    T* const sums = memory.template take<T>(Base::groups_limit * depth_row);
-    T* const largest = memory.template take<T>(vector_row);
-    T* const total = memory.template take<T>(vector_row);
-    T* const correction = memory.template take<T>(vector_row);
+    T* const sums_scratch = memory.template take<T>(Base::groups_limit * depth_row);
+    T* const largest = memory.template take<T>(Base::statistics_size());
+    T* const total = memory.template take<T>(Base::statistics_size());
+    T* const correction = memory.template take<T>(Base::statistics_size());
+    Rows<T> sums{};
 
   public:
     explicit AttentionForward(const AttentionParams& params) : Base(params) {}
 
     void run(index_t flat_head, index_t group) {
         this->start(flat_head, group);
-        std::memset(sums, 0, groups * depth_row * sizeof(T));
-        for (index_t s = 0; s < vector_row; ++s) {
+        sums = result_rows<S>(this->at(p.output, group), p.output.row, p.depth, sums_scratch);
+        for (index_t s = 0; s < this->statistics_size(); ++s) {
             largest[s] = -std::numeric_limits<T>::infinity();
             total[s] = 0;
         }
         for (index_t first = 0; first < p.tokens; first += tile) {
             const index_t count = smaller(tile, p.tokens - first);
             this->load_tile(first, count);
-            if (paired && count % 2 == 1) exclude_row(count);
-            for (index_t s = 0; s < vector_row; s += kLanes<T>) soften(s, this->vectors(count));
+            exclude_beyond(count);
+            for (index_t block = 0; block < this->blocks(); ++block)
+                soften(logits + block * block_step, block * lanes, this->vectors(count));
             if (first > 0) correct_sums();
-            product<T>({logits, 1, groups_row}, this->values.data, this->values.row, sums, depth_row, groups, depth_row,
-                       count, true);
+            product<T>({logits, group_step, token_step}, this->values.data, this->values.row, sums.data, sums.row,
+                       groups, depth_row, count, first > 0);
         }
         finish();
     }
 
   private:
-    void exclude_row(index_t token) {
-        for (index_t s = 0; s < groups_row; ++s) logits[token * groups_row + s] = -std::numeric_limits<T>::infinity();
+    // The tokens that fill the last vector of a block take no part in the softmax.
+    void exclude_beyond(index_t count) {
+        const index_t rows = Base::layout == Layout::rows ? groups : Base::groups_row;
+        const index_t end = this->vectors(count) * vector_step / token_step;
+        for (index_t token = count; token < end; ++token)
+            for (index_t s = 0; s < rows; ++s)
+                logits[token * token_step + s * group_step] = -std::numeric_limits<T>::infinity();
     }
 
-    // Logits of lanes s.. to e^(logit - running maximum); notes by how much the earlier sums shrink. Four chains,
+    // Logits of a block to e^(logit - running maximum); notes by how much the earlier sums shrink. Four chains,
     // because one would wait for its own result at every step.
-    GVIT_INLINE void soften(index_t s, index_t vectors) {
+    GVIT_INLINE void soften(T* vector, index_t s, index_t vectors) {
         constexpr int chains = 4;
         const Vector<T> before = load(largest + s);
         Vector<T> maximum[chains] = {before, before, before, before}, sum[chains] = {};
         index_t i = 0;
         for (; i + chains <= vectors; i += chains)
-            for (int c = 0; c < chains; ++c)
-                maximum[c] = larger_of(load(logits + (i + c) * vector_row + s), maximum[c]);
-        for (; i < vectors; ++i) maximum[0] = larger_of(load(logits + i * vector_row + s), maximum[0]);
+            for (int c = 0; c < chains; ++c) maximum[c] = larger_of(load(vector + (i + c) * vector_step), maximum[c]);
+        for (; i < vectors; ++i) maximum[0] = larger_of(load(vector + i * vector_step), maximum[0]);
         Vector<T> top = larger_of(larger_of(maximum[0], maximum[1]), larger_of(maximum[2], maximum[3]));
-        if (paired) top = larger_of(top, other_half(top));
+        top = this->across_lanes(top, [](auto a, auto b) { return larger_of(a, b); });
         // Only -inf so far: any finite reference gives e^-inf = 0 without a NaN.
         const Vector<T> reference = top == -std::numeric_limits<T>::infinity() ? Vector<T>{} : top;
         for (i = 0; i + chains <= vectors; i += chains)
-            for (int c = 0; c < chains; ++c) sum[c] += exponentiate(logits + (i + c) * vector_row + s, reference);
-        for (; i < vectors; ++i) sum[0] += exponentiate(logits + i * vector_row + s, reference);
-        Vector<T> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        if (paired) all += other_half(all);
+            for (int c = 0; c < chains; ++c) sum[c] += exponentiate(vector + (i + c) * vector_step, reference);
+        for (; i < vectors; ++i) sum[0] += exponentiate(vector + i * vector_step, reference);
+        const Vector<T> all =
+            this->across_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]), [](auto a, auto b) { return a + b; });
         const Vector<T> shrink = exponential(before - reference);
         store(largest + s, top);
         store(total + s, load(total + s) * shrink + all);
@@ -74,23 +80,23 @@ class AttentionForward : AttentionTile<S> {
         return e;
     }
 
-    // Where a vector holds two tokens: the same group of the other one.
-    static GVIT_INLINE Vector<T> other_half(Vector<T> v) { return shuffle<T, Exchange<kLanes<T> / 2>>(v, v); }
-
     void correct_sums() {
-        for (index_t s = 0; s < groups; ++s)
-            for (index_t d = 0; d < depth_row; d += kLanes<T>)
-                store(sums + s * depth_row + d, load(sums + s * depth_row + d) * correction[s]);
+        for (index_t s = 0; s < groups; ++s) multiply_row(sums[s], correction[this->lane_of(s)]);
+    }
+
+    GVIT_INLINE void multiply_row(T* row, T factor) const {
+        for (index_t d = 0; d < depth_row; d += lanes) store(row + d, load(row + d) * factor);
     }
 
     void finish() {
         T* lse = this->statistics(p.lse);
         for (index_t s = 0; s < groups; ++s) {
-            const T inverse = p.tokens == 0 ? T(0) : 1 / total[s];
-            S* to = this->at(p.output, this->first_group + s);
-            for (index_t d = 0; d < p.depth; ++d) to[d] = narrow<S>(sums[s * depth_row + d] * inverse);
-            lse[s] = largest[s] + std::log(total[s]);
+            const index_t lane = this->lane_of(s);
+            if (p.tokens == 0) std::memset(sums[s], 0, depth_row * sizeof(T));
+            if (p.tokens > 0) multiply_row(sums[s], 1 / total[lane]);
+            lse[s] = largest[lane] + std::log(total[lane]);
         }
+        write_rows<S>(sums, this->at(p.output, this->first_group), p.output.row, groups, p.depth);
     }
 };
 
@@ -99,16 +105,16 @@ template <class S>
 class AttentionBackward : AttentionTile<S> {
     using Base = AttentionTile<S>;
     using T = typename Base::T;
-    using Base::groups, Base::paired;
-    using Base::p, Base::groups_row, Base::vector_row, Base::depth_row, Base::logits, Base::memory, Base::tile;
+    using Base::lanes, Base::p, Base::groups, Base::depth_row, Base::logits, Base::memory, Base::tile;
+    using Base::token_step, Base::group_step, Base::vector_step, Base::block_step;
 
     T* const gradient_scratch = memory.template take<T>(Base::groups_limit * depth_row);
     T* const output_scratch = memory.template take<T>(Base::groups_limit * depth_row);
-    T* const gradient_t = memory.template take<T>(p.depth * groups_row);
-    T* const d_logits = memory.template take<T>((tile + 1) * groups_row);
+    T* const gradient_t = memory.template take<T>(Base::dots ? 0 : p.depth * Base::groups_row);
+    T* const d_logits = this->take_logits();
     T* const grad_query = memory.template take<T>(Base::groups_limit * depth_row);
-    T* const output_dot = memory.template take<T>(vector_row);
-    T* const lse = memory.template take<T>(vector_row);
+    T* const output_dot = memory.template take<T>(Base::statistics_size());
+    T* const lse = memory.template take<T>(Base::statistics_size());
     T* const key_sums = memory.template take<T>(in_place<S>(p.depth) ? 0 : p.tokens * depth_row);
     T* const value_sums = memory.template take<T>(in_place<S>(p.depth) ? 0 : p.tokens * depth_row);
     Rows<T> gradient{};
@@ -127,12 +133,12 @@ class AttentionBackward : AttentionTile<S> {
                 this->load_tile(first, count);
                 differentiate(count);
                 const bool add = group > 0;
-                product<T>({logits, groups_row, 1}, gradient.data, gradient.row, grad_value[first], grad_value.row,
-                           count, depth_row, groups, add);
-                product<T>({d_logits, groups_row, 1}, this->query.data, this->query.row, grad_key[first], grad_key.row,
-                           count, depth_row, groups, add);
-                product<T>({d_logits, 1, groups_row}, this->keys.data, this->keys.row, grad_query, depth_row, groups,
-                           depth_row, count, true);
+                product<T>({logits, token_step, group_step}, gradient.data, gradient.row, grad_value[first],
+                           grad_value.row, count, depth_row, groups, add);
+                product<T>({d_logits, token_step, group_step}, this->query.data, this->query.row, grad_key[first],
+                           grad_key.row, count, depth_row, groups, add);
+                product<T>({d_logits, group_step, token_step}, this->keys.data, this->keys.row, grad_query, depth_row,
+                           groups, depth_row, count, true);
             }
             const S* to = this->at(p.grad_query, group);
             write_rows<S>({grad_query, depth_row}, const_cast<S*>(to), p.grad_query.row, groups, p.depth);
@@ -148,28 +154,32 @@ class AttentionBackward : AttentionTile<S> {
         this->transpose(gradient, gradient_t);
         std::memset(grad_query, 0, groups * depth_row * sizeof(T));
         const T* saved = this->statistics(p.lse);
-        for (index_t s = 0; s < vector_row; ++s) lse[s] = output_dot[s] = 0;
+        for (index_t s = 0; s < this->statistics_size(); ++s) lse[s] = output_dot[s] = 0;
         const Rows<T> output = read_rows<S>(this->at(p.output, group), p.output.row, groups, p.depth, output_scratch);
         for (index_t s = 0; s < groups; ++s) {
-            output_dot[s] = dot(gradient[s], output[s], depth_row);
-            lse[s] = saved[s];
-        }
-        for (index_t s = 0; paired && s < groups_row; ++s) {
-            output_dot[groups_row + s] = output_dot[s];
-            lse[groups_row + s] = lse[s];
+            // In every lane that belongs to the group.
+            const index_t copies = Base::layout == Layout::columns ? 1 : Base::layout == Layout::pairs ? 2 : lanes;
+            const index_t step = Base::layout == Layout::pairs ? lanes / 2 : 1;
+            const T product = dot(gradient[s], output[s], depth_row);
+            for (index_t i = 0; i < copies; ++i) {
+                output_dot[this->lane_of(s) + i * step] = product;
+                lse[this->lane_of(s) + i * step] = saved[s];
+            }
         }
     }
 
     // logits become probabilities, d_logits scale * their gradient.
     void differentiate(index_t count) {
-        this->multiply(this->values, gradient_t, count, d_logits);
-        for (index_t i = 0; i < this->vectors(count); ++i) {
-            T* row = logits + i * vector_row;
-            T* d_row = d_logits + i * vector_row;
-            for (index_t s = 0; s < vector_row; s += kLanes<T>) {
-                const Vector<T> probability = exponential(load(row + s) - load(lse + s));
-                store(row + s, probability);
-                store(d_row + s, probability * (load(d_row + s) - load(output_dot + s)) * static_cast<T>(p.scale));
+        this->multiply(this->values, gradient, gradient_t, count, d_logits);
+        const index_t vectors = this->vectors(count);
+        for (index_t block = 0; block < this->blocks(); ++block) {
+            const Vector<T> normaliser = load(lse + block * lanes), mean = load(output_dot + block * lanes);
+            for (index_t i = 0; i < vectors; ++i) {
+                T* logit = logits + block * block_step + i * vector_step;
+                T* d_logit = d_logits + block * block_step + i * vector_step;
+                const Vector<T> probability = exponential(load(logit) - normaliser);
+                store(logit, probability);
+                store(d_logit, probability * (load(d_logit) - mean) * static_cast<T>(p.scale));
             }
         }
     }

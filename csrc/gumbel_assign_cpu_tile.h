@@ -66,7 +66,7 @@ struct AssignTile {
 
     // to[token][group] = rows . others, of which `transposed` is the transpose.
     void multiply(Rows<T> rows, Rows<T> others, const T* transposed, index_t count, T* to) const {
-        if (rows_only) return product_of_rows<T>(rows, others, to, groups_row, count, p.groups, channels_row);
+        if (rows_only) return product_of_rows<T>(rows, others, to, groups_row, 1, count, p.groups, channels_row);
         product<T>({rows.data, rows.row, 1}, transposed, groups_row, to, groups_row, count, groups_row, p.channels,
                    false);
     }

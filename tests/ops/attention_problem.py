@@ -65,3 +65,9 @@ def part_of_one_projection(tensor):
 
 def transposed(tensor):
     return tensor.mT.contiguous().mT
+
+
+def rows_an_odd_number_apart(tensor):
+    wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 1:] = tensor
+    return wide[..., 1:]

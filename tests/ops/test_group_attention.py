@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from attention_problem import check, heads_last, inputs, part_of_one_projection, transposed
+from attention_problem import (
+    check,
+    heads_last,
+    inputs,
+    part_of_one_projection,
+    rows_an_odd_number_apart,
+    transposed,
+)
 from backends import BACKENDS
 from error_budget import leaf
 from hypothesis import given, settings
@@ -22,6 +29,8 @@ SHAPES = [
     (2, 1, 130, 3, 16),
     (1, 2, 1, 129, 80),
     (2, 2, 9, 1, 24),
+    (1, 2, 3, 600, 50),
+    (1, 1, 6, 135, 50),
 ]
 
 
@@ -92,10 +101,14 @@ def test_a_token_at_minus_infinity_is_ignored(backend):
 # ---- memory layouts --------------------------------------------------------------------------------------
 
 
+LAYOUTS = [heads_last, part_of_one_projection, transposed, rows_an_odd_number_apart]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [heads_last, part_of_one_projection, transposed], ids=lambda f: f.__name__)
-def test_memory_layout_does_not_matter(backend, layout, dtype):
-    *tensors, gradient = inputs((2, 3, 7, 37, 16), dtype=dtype, device=backend.device)
+@pytest.mark.parametrize("groups", [2, 7, 20])  # each another layout of logits in the CPU kernel
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_memory_layout_does_not_matter(backend, layout, groups, dtype):
+    *tensors, gradient = inputs((2, 3, groups, 37, 16), dtype=dtype, device=backend.device)
     results = []
     for change in (lambda t: t, layout):
         leaves = [leaf(change(t)) for t in tensors]
