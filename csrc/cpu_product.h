@@ -25,8 +25,6 @@ GVIT_INLINE void product_block(Strided<T> a, const T* b, index_t b_row, T* c, in
             for (int m = 0; m < rows; ++m) __builtin_prefetch(a.data + (m + rows) * a.row + k);
         Vector<T> right[vectors];
         for (int v = 0; v < vectors; ++v) right[v] = load(b + k * b_row + v * lanes);
-        if (rows <= 4)  // so little is done with a row of b that its loads decide
-            for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + (k + 16) * b_row + v * lanes);
         for (int m = 0; m < rows; ++m) {
             const T left = a.data[m * a.row + k * a.column];
             for (int v = 0; v < vectors; ++v) sum[m][v] += left * right[v];
@@ -136,7 +134,6 @@ GVIT_INLINE void dot_block(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t c_
         for (int n = 0; n < b_rows; ++n) other[n] = load(right[n] + k);
         for (int m = 0; m < a_rows; ++m) {
             const Vector<T> one = load(left[m] + k);
-            __builtin_prefetch(left[m] + a_rows * a.row + k);
             for (int n = 0; n < b_rows; ++n) sum[m * b_rows + n] += one * other[n];
         }
     }
