@@ -141,7 +141,9 @@ def _check_assign(query: Tensor, key: Tensor, noise_key: Tensor, gradient: Tenso
         raise UserError("gumbel_assign: the indices differ from those of the reference")
     for name, one, other in zip(("output", "query", "key"), own, wanted, strict=True):
         tolerance = 5 * tolerance_of(query.dtype)
-        check_equal(f"gumbel_assign {name}", one[same], other[same], tolerance, cancelling=float(name == "query"))
+        check_equal(
+            f"gumbel_assign {name}", one[same], other[same], tolerance, cancelling=float(name == "query")
+        )
 
 
 def upsample_case(batch: int, groups: int, side: int, size: int, device: str, dtype: torch.dtype) -> Case:
