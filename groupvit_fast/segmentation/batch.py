@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,26 +44,58 @@ def segment_batch(
     protocol: Protocol,
     *,
     precision: str = "fp32",
+    stages: bool = False,
 ) -> list[Segmentation]:
     """`segment_image` for a list of images (uint8 [H, W, 3]) on the model's device, windows batched.
 
-    The result holds the same labels; see the module's docstring for what "same" means. precision: "bf16"
-    runs the encoder in bfloat16, which moves some labels.
+    The result holds the same labels; see the module's docstring for what "same" means.
+
+    precision: "bf16" runs the encoder in bfloat16, which moves some labels.
+    stages: also tell the groups of the earlier grouping stages.
     """
+    encoded = encode_batch(model, images, text, protocol, precision=precision, stages=stages)
+    return decode_batch(encoded, text, protocol)
+
+
+class EncodedImage(NamedTuple):
+    """An image of `size` (H, W) as its windows, with their places in the resized image."""
+
+    size: tuple[int, int]
+    boxes: list[Box]
+    windows: list[Window]
+
+
+@torch.no_grad()
+def encode_batch(
+    model: torch.nn.Module,
+    images: Sequence[Tensor],
+    text: ClassText,
+    protocol: Protocol,
+    *,
+    precision: str = "fp32",
+    stages: bool = False,
+) -> list[EncodedImage]:
+    """The first half of `segment_batch`; it does not depend on the protocol's background threshold."""
     device = next(model.parameters()).device
     pixels = [prepare(image.to(device), protocol) for image in images]
     boxes = [window_boxes(*item.shape[-2:], protocol) for item in pixels]
-    windows = encode_windows(model, pixels, boxes, text, protocol, precision)
-    results: list[Segmentation | None] = [None] * len(images)
+    windows = encode_windows(model, pixels, boxes, text, protocol, precision, stages)
+    sizes = [tuple(image.shape[:2]) for image in images]
+    return [EncodedImage(*parts) for parts in zip(sizes, boxes, windows, strict=True)]
+
+
+def decode_batch(encoded: Sequence[EncodedImage], text: ClassText, protocol: Protocol) -> list[Segmentation]:
+    """The second half of `segment_batch`."""
+    results: list[Segmentation | None] = [None] * len(encoded)
     single: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, image in enumerate(images):
-        size = tuple(image.shape[:2])
-        if len(boxes[index]) == 1 and size == tuple(pixels[index].shape[-2:]):
+    for index, (size, boxes, windows) in enumerate(encoded):
+        if len(boxes) == 1 and size == (boxes[0].bottom, boxes[0].right):
             single[size].append(index)
         else:
-            results[index] = decode_windows(windows[index], boxes[index], size, text, protocol)
+            results[index] = decode_windows(windows, boxes, size, text, protocol)
     for size, members in single.items():
-        decoded = decode_single_windows([windows[index][0] for index in members], size, text, protocol)
+        windows = [encoded[index].windows[0] for index in members]
+        decoded = decode_single_windows(windows, size, text, protocol)
         for index, segmentation in zip(members, decoded, strict=True):
             results[index] = segmentation
     return results
@@ -85,6 +118,7 @@ def encode_windows(
     text: ClassText,
     protocol: Protocol,
     precision: str = "fp32",
+    stages: bool = False,
 ) -> list[list[Window]]:
     """Encode the windows of all images, those of one size together, each exactly once."""
     autocast = torch.autocast(text.embeddings.device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -101,15 +135,25 @@ def encode_windows(
             crops = [pixels[index][(slice(None), *boxes[index][number].slices())] for index, number in part]
             with autocast:
                 encoding = model.encode_groups(torch.stack(crops))
-            for (index, number), window in zip(part, named(encoding, text, protocol, scale), strict=True):
+            decodable = named(encoding, text, protocol, scale, stages)
+            for (index, number), window in zip(part, decodable, strict=True):
                 windows[index][number] = window
     return windows
 
 
-def named(encoding: GroupEncoding, text: ClassText, protocol: Protocol, scale: Tensor) -> list[Window]:
+def named(
+    encoding: GroupEncoding, text: ClassText, protocol: Protocol, scale: Tensor, stages: bool = False
+) -> list[Window]:
     """What decoding needs of each window of a batch."""
     scores = group_class_scores(encoding, text, protocol, scale)
     if not scores.isfinite().all():
         raise UserError("the model gives NaN: these weights are damaged or diverged; use another checkpoint")
     maps = low_resolution_maps(encoding).float()
-    return [Window(*window) for window in zip(maps, scores, strict=True)]
+    earlier = []
+    if stages:
+        for count in range(1, len(encoding.maps)):
+            earlier.append(low_resolution_maps(encoding._replace(maps=encoding.maps[:count])).float())
+    return [
+        Window(maps[index], scores[index], tuple(stage[index] for stage in earlier))
+        for index in range(len(scores))
+    ]

@@ -38,11 +38,13 @@ class Segmentation(NamedTuple):
     groups: int32 [H, W], window * G + group. Where windows overlap, the one with the nearest centre counts,
         so that the groups of an image are a partition of its pixels.
     num_groups: windows * G.
+    stages: for each earlier grouping stage, if asked for, such a map and the number of its groups.
     """
 
     labels: Tensor
     groups: Tensor
     num_groups: int
+    stages: tuple[tuple[Tensor, int], ...] = ()
 
 
 class Taps(NamedTuple):
@@ -54,10 +56,14 @@ class Taps(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What decoding needs of one encoded window: maps [G, h', w'] at patch resolution, scores [G, K]."""
+    """What decoding needs of one encoded window: maps [G, h', w'] at patch resolution, scores [G, K].
+
+    stages: maps of the earlier grouping stages, where their groups are asked for.
+    """
 
     maps: Tensor
     scores: Tensor
+    stages: tuple[Tensor, ...] = ()
 
 
 class Small(NamedTuple):
@@ -78,7 +84,12 @@ def decode_single_windows(
     rule = labelling(text, protocol)
     label_of_group = torch.stack([rule.labels(score_rows(window, protocol)) for window in windows])
     labels = label_of_group.gather(1, groups.flatten(1)).view_as(groups)
-    return [Segmentation(*pair, label_of_group.shape[1]) for pair in zip(labels, groups.int(), strict=True)]
+    stages = [
+        tuple((winning_groups(maps[None], size)[0].int(), len(maps)) for maps in window.stages)
+        for window in windows
+    ]
+    count = label_of_group.shape[1]
+    return [Segmentation(a, b, count, c) for a, b, c in zip(labels, groups.int(), stages, strict=True)]
 
 
 def winning_groups(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -109,15 +120,24 @@ def decode_windows(
 ) -> Segmentation:
     """One image from its windows: average the scores where windows overlap, resize to `size`, label."""
     num_groups = len(windows[0].scores)
-    members = [
-        winning_groups(window.maps[None], (box.bottom - box.top, box.right - box.left))[0].short()
-        for window, box in zip(windows, boxes, strict=True)
-    ]
+    members = window_members([window.maps for window in windows], boxes)
     tables = [score_rows(window, protocol) for window in windows]
     row_of_pixel, rows = merge_windows(members, tables, boxes)
     labels = resize_labels(row_of_pixel, rows, size, labelling(text, protocol))
     del row_of_pixel
-    return Segmentation(labels, nearest_windows(members, boxes, num_groups, size), num_groups * len(windows))
+    groups = nearest_windows(members, boxes, num_groups, size)
+    stages = []
+    for maps in zip(*(window.stages for window in windows), strict=True):
+        count = len(maps[0])
+        owners = nearest_windows(window_members(maps, boxes), boxes, count, size)
+        stages.append((owners, count * len(windows)))
+    return Segmentation(labels, groups, num_groups * len(windows), tuple(stages))
+
+
+def window_members(maps: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
+    """Maps [G, h', w'] of each window -> int16 [height, width], the group of each of its pixels."""
+    sizes = [(box.bottom - box.top, box.right - box.left) for box in boxes]
+    return [winning_groups(part[None], size)[0].short() for part, size in zip(maps, sizes, strict=True)]
 
 
 def merge_windows(members: list[Tensor], tables: list[Tensor], boxes: Sequence[Box]) -> tuple[Tensor, Tensor]:

@@ -3,63 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from groupvit_fast.console import UserError
 from groupvit_fast.segmentation import metrics
 from groupvit_fast.segmentation.batch import check_size, segment_batch
 from groupvit_fast.segmentation.datasets import Item, SegmentationDataset
-from groupvit_fast.segmentation.decode import Segmentation
+from groupvit_fast.segmentation.partial import PartialResults, Progress, fingerprint
 from groupvit_fast.segmentation.pictures import Example, grid_picture
 from groupvit_fast.segmentation.prompts import ClassText, encode_classes, synonyms
 from groupvit_fast.segmentation.protocols import Protocol
-from groupvit_fast.segmentation.report import ClassResult, Evaluation
+from groupvit_fast.segmentation.reading import Pair, Read, batches, read_ahead
+from groupvit_fast.segmentation.report import Evaluation, summarise
+from groupvit_fast.segmentation.tally import Tally
 
-READERS = 2
+PRECISIONS = ("fp32", "bf16")
+MOST_READ_AHEAD = 128
+SAVE_EVERY = 20.0
+"""Seconds between two partial results."""
 
-Progress = Callable[[int, int, float], None]
-"""Called after each batch with the images done, their total and the mIoU so far."""
+ShowProgress = Callable[[int, int | None, float], None]
+"""Called after each batch with the images done, their total if known, and the score so far."""
 
 
-class Tally:
-    """The additive counts of an evaluation, on one device."""
+class Ranks(NamedTuple):
+    """Processes that share an evaluation: `gather` brings the values of all to the first, else []."""
 
-    def __init__(self, num_classes: int, device: torch.device | str) -> None:
-        shape = num_classes, num_classes
-        self.confusion = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.oracle = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.images = self.windows = self.used_groups = self.pure_groups = self.named_groups = 0
-        self.groups_per_window = 0
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
-    def add(self, segmentations: Sequence[Segmentation], targets: Sequence[Tensor], groups: int) -> None:
-        """Count a batch; the groups of all its images are numbered through, so one pass counts them all."""
-        num_classes = len(self.confusion)
-        counts = [item.num_groups for item in segmentations]
-        offsets = torch.tensor([0, *counts]).cumsum(0).tolist()
-        pairs = zip(segmentations, offsets, strict=False)
-        owner = torch.cat([(item.groups + offset).flatten() for item, offset in pairs])
-        prediction = torch.cat([item.labels.flatten() for item in segmentations])
-        target = torch.cat([item.flatten() for item in targets]).to(prediction)
-        self.confusion += metrics.confusion_matrix(target, prediction, num_classes)
-        truth, named = metrics.group_histograms(target, prediction, owner, offsets[-1], num_classes)
-        self.oracle += metrics.oracle_confusion(truth)
-        image_of_group = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(owner.device)
-        pure, right = metrics.named_groups(truth, named, image_of_group)
-        self.pure_groups += pure
-        self.named_groups += right
-        self.used_groups += int(torch.bincount(owner, minlength=offsets[-1]).count_nonzero())
-        self.windows += offsets[-1] // groups
-        self.images += len(segmentations)
-        self.groups_per_window = groups
+
+ALONE = Ranks()
 
 
 def evaluate(
@@ -72,42 +55,154 @@ def evaluate(
     limit: int | None = None,
     background_threshold: float | None = None,
     precision: str = "fp32",
+    details: bool = False,
     strict: bool = False,
-    progress: Progress | None = None,
-) -> Evaluation:
+    progress: ShowProgress | None = None,
+    partial: Path | None = None,
+    ranks: Ranks = ALONE,
+) -> Evaluation | None:
     """Segment `dataset` with `model` (moved to `device`) under `protocol` and score the result.
 
-    batch_size: images read and decoded together; it changes speed and memory, not the result.
+    batch_size: images read and decoded together, fewer where they are large; it changes speed and memory,
+        not the result.
     limit: only the first images.
     background_threshold: instead of the protocol's own; refused where the dataset has no background.
-
+    precision: "bf16" runs the encoder in bfloat16, which moves some labels.
+    details: also boundary IoU and the oracle of earlier grouping stages, which take time.
     strict: an image that cannot be used is an error; otherwise it is left out and listed in the result, and
         only a dataset of which nothing is left is an error.
+    partial: a folder for partial results. An evaluation that was killed goes on from there and has the same
+        counts in the end; the folder is removed then.
+    ranks: other processes that call this too. Each image is counted by one of them, whatever their number;
+        the first returns the result, the others None.
 
     The model's training mode is restored afterwards.
     """
-    protocol = resolve_protocol(model, dataset, protocol, background_threshold)
-    items = dataset.items[:limit]
-    tally = Tally(len(dataset.class_names), device)
-    left_out: list[dict[str, str]] = []
-    start = time.perf_counter()
-    with evaluating(model.to(device)):
-        text = encode_protocol_classes(model, dataset.foreground, protocol)
-        pairs = usable_pairs(
-            read_ahead(dataset, items, 2 * batch_size), protocol, model, None if strict else left_out
-        )
-        while batch := list(islice(pairs, batch_size)):
+    run = Run(
+        model.to(device), dataset, resolve_protocol(model, dataset, protocol, background_threshold),
+        device=torch.device(device), batch_size=batch_size, limit=limit, precision=precision,
+        details=details, strict=strict, ranks=ranks,
+    )  # fmt: skip
+    run.resume(partial)
+    with evaluating(model):
+        run.count(progress)
+    states = ranks.gather(run.progress.to_bytes(""))
+    if not states:
+        return None
+    total = run.new_progress("cpu")
+    for state in states:
+        total.merge(Progress.from_bytes(state, ""))
+    run.progress = total
+    run.require_images(total.tally.scalars["images"])
+    if run.partial is not None:
+        run.partial.remove()
+    return summarise(dataset, run.protocol, total, model.config.image.output_groups, run.settings())
+
+
+@dataclass
+class Run:
+    """One process's part of an evaluation."""
+
+    model: torch.nn.Module
+    dataset: SegmentationDataset
+    protocol: Protocol
+    device: torch.device
+    batch_size: int
+    limit: int | None = None
+    precision: str = "fp32"
+    details: bool = False
+    strict: bool = False
+    ranks: Ranks = ALONE
+    partial: PartialResults | None = None
+    items: list[tuple[int, Item]] = field(init=False)
+    progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        self.items = list(enumerate(self.dataset.items[: self.limit]))
+        self.total = len(self.items)
+        self.progress = self.new_progress(self.device)
+
+    def new_progress(self, device: torch.device | str) -> Progress:
+        stages = len(self.model.config.image.output_groups) if self.details else 1
+        classes = len(self.dataset.class_names)
+        return Progress(Tally(classes, stages=stages, images=self.total, device=device))
+
+    def settings(self) -> dict[str, Any]:
+        """What the result tells beside protocol and dataset."""
+        names = ("batch_size", "limit", "precision")
+        known = {name: getattr(self, name) for name in names}
+        return {"device": str(self.device), **known, "processes": self.ranks.size, "torch": torch.__version__}
+
+    def resume(self, folder: Path | None) -> None:
+        """Take over the partial results in `folder`, and keep to this process's share of the rest."""
+        if folder is not None:
+            what = self.dataset.class_names, self.protocol.to_dict(), self.precision, self.details
+            keys = [item.key for _, item in self.items]
+            self.partial = PartialResults(folder, fingerprint(self.model, keys, {"what": what}))
+            before = self.partial.load()
+            self.ranks.gather(None)  # nobody writes before everybody has read
+            if before is not None:
+                self.items = [pair for pair in self.items if pair[0] not in before.done]
+            if self.ranks.rank == 0:
+                if before is not None:
+                    self.progress.merge(before)
+                self.partial.save(self.progress, 0)
+                self.partial.keep_only(0)
+            self.ranks.gather(None)
+        self.items = self.items[self.ranks.rank :: self.ranks.size]
+
+    def count(self, show: ShowProgress | None) -> None:
+        """Segment this process's images and count."""
+        done = self.progress
+        start = saved = time.perf_counter()
+        before = done.seconds
+        text = encode_protocol_classes(self.model, self.dataset.foreground, self.protocol)
+        ahead = min(2 * self.batch_size, MOST_READ_AHEAD)
+        pairs = self.usable(read_ahead(self.dataset, self.items, ahead))
+        for batch in batches(pairs, self.batch_size, self.protocol.short_side**2):
+            numbers, images, targets = zip(*((number, *pair) for number, _, pair in batch), strict=True)
             segmentations = segment_batch(
-                model, [image for image, _ in batch], text, protocol, precision=precision
+                self.model, images, text, self.protocol, precision=self.precision, stages=self.details
             )
-            tally.add(segmentations, [target for _, target in batch], model.config.image.output_groups[-1])
-            if progress is not None:
-                progress(tally.images + len(left_out), len(items), metrics.mean_iou(tally.confusion))
-    if not tally.images:
-        reason = left_out[0]["reason"] if left_out else "the list of images is empty"
-        raise UserError(f"dataset {dataset.name}: none of {len(items)} images could be used; first: {reason}")
-    settings = {"device": str(device), "batch_size": batch_size, "limit": limit, "torch": torch.__version__}
-    return summarise(dataset, protocol, tally, left_out, time.perf_counter() - start, settings)
+            done.tally.add(numbers, segmentations, targets, self.model.config.image.output_groups[-1])
+            done.done.update(numbers)
+            done.seconds = before + time.perf_counter() - start
+            if show is not None:
+                show(len(done.done), self.total, metrics.iou(done.tally.counts).nanmean().item())
+            if self.partial is not None and time.perf_counter() - saved > SAVE_EVERY:
+                self.partial.save(done, self.ranks.rank)
+                saved = time.perf_counter()
+        done.seconds = before + time.perf_counter() - start
+
+    def usable(self, read: Iterator[Read]) -> Iterator[tuple[int, Item, Pair]]:
+        """The pairs that can be scored; the others are noted with their reason, or raised if strict."""
+        for number, item, result in read:
+            try:
+                yield number, item, usable_pair(result, self.protocol, self.model)
+            except UserError as error:
+                if self.strict:
+                    raise
+                self.progress.left_out[number] = {"key": item.key, "reason": str(error)}
+                self.progress.done.add(number)
+
+    def require_images(self, count: int) -> None:
+        """Complain if no image could be used."""
+        if count == 0:
+            left_out = self.progress.left_out
+            reason = left_out[min(left_out)]["reason"] if left_out else "the list of images is empty"
+            raise UserError(
+                f"dataset {self.dataset.name}: none of {self.total} images could be used; first: {reason}"
+            )
+
+
+def usable_pair(result: Pair | UserError, protocol: Protocol, model: torch.nn.Module) -> Pair:
+    """The image and its labels; UserError if they could not be read or are too small for the model."""
+    if isinstance(result, UserError):
+        raise result
+    check_size(*result[1].shape, protocol, model.config.image.patch_size)
+    return result
 
 
 def resolve_protocol(
@@ -147,53 +242,6 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def read_ahead(
-    dataset: SegmentationDataset, items: Sequence[Item], ahead: int
-) -> Iterator[tuple[Item, tuple[Tensor, Tensor] | UserError]]:
-    """Read pairs in order with a few threads, at most `ahead` beyond the one in use."""
-
-    def read(item: Item) -> tuple[Tensor, Tensor] | UserError:
-        try:
-            return dataset.read(item)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(READERS) as pool:
-        pending: deque = deque()
-        try:
-            for item in items:
-                pending.append((item, pool.submit(read, item)))
-                if len(pending) > ahead:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
-
-
-def usable_pairs(
-    pairs: Iterator[tuple[Item, tuple[Tensor, Tensor] | UserError]],
-    protocol: Protocol,
-    model: torch.nn.Module,
-    left_out: list[dict[str, str]] | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs that can be scored; the others go to `left_out` with their reason, or are raised if None."""
-    for item, result in pairs:
-        try:
-            if isinstance(result, UserError):
-                raise result
-            check_size(*result[1].shape, protocol, model.config.image.patch_size)
-        except UserError as error:
-            if left_out is None:
-                raise
-            left_out.append({"key": item.key, "reason": str(error)})
-            continue
-        yield result
-
-
 def examples_picture(
     model: torch.nn.Module,
     dataset: SegmentationDataset,
@@ -209,8 +257,12 @@ def examples_picture(
     step = max(1, len(dataset) // count)
     with evaluating(model.to(device)):
         text = encode_protocol_classes(model, dataset.foreground, protocol)
-        pairs = usable_pairs(read_ahead(dataset, dataset.items[::step], count), protocol, model, [])
-        pairs = list(islice(pairs, count))
+        pairs = []
+        for _, _, result in read_ahead(dataset, list(enumerate(dataset.items))[::step], count):
+            with suppress(UserError):
+                pairs.append(usable_pair(result, protocol, model))
+            if len(pairs) == count:
+                break
         results = segment_batch(model, [image for image, _ in pairs], text, protocol)
     examples = [
         Example(
@@ -220,46 +272,3 @@ def examples_picture(
     ]
     names = [synonyms(entry)[0] for entry in dataset.class_names]
     return grid_picture(examples, names, background=dataset.background, title=title)
-
-
-def summarise(
-    dataset: SegmentationDataset,
-    protocol: Protocol,
-    tally: Tally,
-    left_out: Sequence[dict[str, str]],
-    seconds: float,
-    settings: dict[str, object],
-) -> Evaluation:
-    """Turn counts into the scores of the report."""
-    confusion, oracle = tally.confusion.cpu(), tally.oracle.cpu()
-    total = max(int(confusion.sum()), 1)
-    columns = (
-        metrics.class_iou(confusion).tolist(),
-        metrics.class_accuracy(confusion).tolist(),
-        (confusion.sum(dim=1) / total).tolist(),
-        (confusion.sum(dim=0) / total).tolist(),
-    )
-    results = [
-        ClassResult(synonyms(name)[0], *row) for name, *row in zip(dataset.class_names, *columns, strict=True)
-    ]
-    return Evaluation(
-        dataset=dataset.name,
-        images=tally.images,
-        miou=metrics.mean_iou(confusion),
-        pixel_accuracy=metrics.pixel_accuracy(confusion),
-        mean_accuracy=metrics.class_accuracy(confusion).nanmean().item(),
-        per_class=tuple(results),
-        oracle_miou=metrics.mean_iou(oracle),
-        largest_class=results[int(confusion.sum(dim=1).argmax())].name,
-        miou_largest_class=metrics.mean_iou(metrics.largest_class_confusion(confusion)),
-        groups_in_use=tally.used_groups / tally.windows,
-        groups=tally.groups_per_window,
-        pure_groups=tally.pure_groups,
-        naming_accuracy=tally.named_groups / tally.pure_groups if tally.pure_groups else float("nan"),
-        seconds=seconds,
-        images_per_s=tally.images / seconds,
-        confusion=tuple(map(tuple, confusion.tolist())),
-        left_out=tuple(left_out),
-        protocol=protocol.to_dict(),
-        settings=dict(settings),
-    )

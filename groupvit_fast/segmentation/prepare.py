@@ -80,9 +80,9 @@ CONVERSIONS = {
 }
 
 
-def prepare(name: str, root: Path, *, quiet: bool = True) -> tuple[int, int]:
+def prepare(name: str, root: Path, *, split: str = "val", quiet: bool = True) -> tuple[int, int]:
     """Write the label images of benchmark `name` below `root`; returns (written, kept)."""
-    conversion, layout = CONVERSIONS[name], BENCHMARKS[name]
+    conversion, layout = CONVERSIONS[name], BENCHMARKS[name].of_split(split)
     folder = root / layout.masks
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; unpack {conversion.origin} there")
@@ -132,9 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", choices=sorted(CONVERSIONS), help="benchmark")
     parser.add_argument("root", type=Path, metavar="ROOT", help="its folder, as evaluate's --root")
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="default: val")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    written, kept = prepare(args.name, args.root, quiet=args.quiet)
+    written, kept = prepare(args.name, args.root, split=args.split, quiet=args.quiet)
     print(f"{args.name}: {written} label images written, {kept} were there")
     return 0
 

@@ -126,13 +126,17 @@ def class_embeddings(
 
     Returns: [len(names), D] float32 on the model's device, rows of length 1.
     """
-    sentences = [template.replace("{}", name) for name in names for template in templates]
-    tokens = tokenize(sentences, model.config.text.context_length).to(next(model.parameters()).device)
-    parts = [model.encode_text(part).float() for part in tokens.split(batch_size)]
-    embeddings = torch.cat(parts).unflatten(0, (len(names), len(templates)))
-    if normalise_each:
-        embeddings = F.normalize(embeddings, dim=-1)
-    return F.normalize(embeddings.mean(dim=1), dim=-1)
+    device, length = next(model.parameters()).device, model.config.text.context_length
+    together = max(1, batch_size // len(templates))
+    means = []
+    for start in range(0, len(names), together):
+        part = names[start : start + together]
+        tokens = tokenize([template.replace("{}", name) for name in part for template in templates], length)
+        embeddings = model.encode_text(tokens.to(device)).float().unflatten(0, (len(part), len(templates)))
+        if normalise_each:
+            embeddings = F.normalize(embeddings, dim=-1)
+        means.append(F.normalize(embeddings.mean(dim=1), dim=-1))
+    return torch.cat(means)
 
 
 def encode_classes(

@@ -6,7 +6,13 @@ from PIL import Image
 
 from groupvit_fast.console import UserError
 from groupvit_fast.segmentation import VocFolder, open_dataset
-from groupvit_fast.segmentation.datasets import BENCHMARKS, CLASS_LISTS, benchmark_classes, read_mask
+from groupvit_fast.segmentation.datasets import (
+    BENCHMARKS,
+    CLASS_LISTS,
+    FolderPair,
+    benchmark_classes,
+    read_mask,
+)
 
 SIZES = {"voc21": 21, "voc20": 20, "context60": 60, "context59": 59, "coco_object": 81, "coco_stuff": 171,
          "cityscapes": 19, "ade20k": 150}  # fmt: skip
@@ -124,7 +130,7 @@ def test_voc_folder(voc):
         ("classes.txt", None, "no such class list"),
         ("classes.txt", "", "class list is empty"),
         ("classes.txt", "background\n", "nothing but background"),
-        ("classes.txt", "\n".join(f"class {k}" for k in range(255)), "255 classes"),
+        ("classes.txt", "\n".join(f"class {k}" for k in range(65535)), "65535 classes"),
     ],
 )
 def test_faulty_folders(voc, path, content, message):
@@ -201,3 +207,91 @@ def test_damaged_mask(voc, content):
     with pytest.raises(UserError, match="not a readable mask") as error:
         dataset.read(dataset.items[0])
     assert "\n" not in str(error.value)
+
+
+def test_more_than_254_classes_need_16_bits(voc):
+    (voc / "classes.txt").write_text("\n".join(f"class {k}" for k in range(1000)))
+    dataset = VocFolder(voc)
+    values = np.full((32, 32), 999, np.uint16)
+    values[0, :2] = 255, 65535
+    Image.fromarray(values).save(dataset.items[0].mask)
+    target = dataset.read(dataset.items[0])[1]
+    assert target[0, :3].tolist() == [255, 65535, 999]
+    values[3, 3] = 1000
+    Image.fromarray(values).save(dataset.items[0].mask)
+    with pytest.raises(UserError, match="mask value 1000 is out of range"):
+        dataset.read(dataset.items[0])
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_imagenet_s(tmp_path, background):
+    """Class numbers as red + 256 x green; 1000 does not count; 0 is everything else."""
+    for folder in ("validation/n01", "validation-segmentation/n01"):
+        (tmp_path / folder).mkdir(parents=True)
+    names = [f"class {k}" for k in range(1, 920)]
+    (tmp_path / "classes.txt").write_text("\n".join(["background"] * background + names))
+    values = np.array([[0, 1, 919, 1000, 300]])
+    mask = np.stack([values % 256, values // 256, np.zeros_like(values)], axis=2).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "validation-segmentation/n01/a.png")
+    Image.new("RGB", (5, 1)).save(tmp_path / "validation/n01/a.JPEG", format="JPEG")
+    dataset = open_dataset("imagenet_s", tmp_path)
+    assert [item.key for item in dataset.items] == ["n01/a"]
+    target = dataset.read(dataset.items[0])[1]
+    labels = [0, 1, 919, 65535, 300] if background else [65535, 0, 918, 65535, 299]
+    assert target.tolist() == [labels]
+    assert dataset.class_names[labels[2]] == "class 919"
+
+
+@pytest.mark.parametrize(
+    ("base", "masks"), [("", "masks"), ("validation/", "annotations"), ("val/", "labels")]
+)
+def test_folder_pair(tmp_path, base, masks):
+    for key, suffix in (("a", ".jpg"), ("b/c", ".png"), ("d", ".jpeg")):
+        write_pair(tmp_path, f"{base}images/{key}{suffix}", f"{base}{masks}/{key}.png", [[0, 1, 255]])
+    (tmp_path / "id2label.json").write_text('{"1": "sea", "0": "sky"}')
+    dataset = open_dataset("folder-pair", tmp_path)
+    assert dataset.class_names == ["sky", "sea"]
+    assert [item.key for item in dataset.items] == ["a", "b/c", "d"]
+    assert dataset.read(dataset.items[1])[1].tolist() == [[0, 1, 255]]
+    (tmp_path / "classes.txt").write_text("background\nsea\n")
+    assert FolderPair(tmp_path).background
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[1, 2]", "not a table"),
+        ("{", "not a table"),
+        ('{"1": "a"}', "must be 0 to 0"),
+        ('{"0": "a", "1": "A"}', "'A' occurs twice"),
+        (None, "no such class list"),
+    ],
+)
+def test_faulty_tables_of_names(tmp_path, table, message):
+    write_pair(tmp_path, "images/a.jpg", "masks/a.png", [[0]])
+    if table:
+        (tmp_path / "id2label.json").write_text(table)
+    with pytest.raises(UserError, match=message):
+        FolderPair(tmp_path)
+
+
+def test_two_images_with_one_mask(tmp_path):
+    write_pair(tmp_path, "images/a.jpg", "masks/a.png", [[0]])
+    write_pair(tmp_path, "images/a.png", "masks/a.png", [[0]])
+    (tmp_path / "classes.txt").write_text("sky\n")
+    with pytest.raises(UserError, match="would have the same mask"):
+        FolderPair(tmp_path)
+
+
+def test_splits_and_class_files(tmp_path):
+    write_pair(tmp_path, "images/training/x.jpg", "annotations/training/x.png", [[0, 1, 150]])
+    train = open_dataset("ade20k", tmp_path, "train")
+    assert train.read(train.items[0])[1].tolist() == [[255, 0, 149]]
+    with pytest.raises(UserError, match="images/validation is not a folder"):
+        open_dataset("ade20k", tmp_path)
+    names = [f"{name}|another {name}" for name in benchmark_classes("ade20k")]
+    assert open_dataset("ade20k", tmp_path, "train", names).foreground[0] == "wall|another wall"
+    with pytest.raises(UserError, match="has 150 classes, the class file 149"):
+        open_dataset("ade20k", tmp_path, "train", names[1:])
+    with pytest.raises(UserError, match="first line of the class file must be 'background'"):
+        open_dataset("voc21", tmp_path, "train", names[:21])

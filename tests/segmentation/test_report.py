@@ -14,10 +14,12 @@ grass        0.750  ███████████████          90.0%
 polar bear   0.250  █████                    10.0%      20.0%
 ball             -                            0.0%       0.0%
 
-mIoU               0.500
+mIoU               0.500  95 % interval over images: 0.400 to 0.600
   largest class    0.450  "grass" everywhere
   oracle           0.800  each group given its best class
 pixel accuracy     0.750
+mean accuracy      0.600
+best mask          0.700  Jaccard index of the group that fits best
 named right        0.850  of 40 pure groups
 groups in use        3.2  of 8"""
 
@@ -39,6 +41,8 @@ def evaluation(**changes) -> Evaluation:
         "miou_largest_class": 0.45,
         "groups_in_use": 3.25,
         "groups": 8,
+        "best_mask_jaccard": 0.7,
+        "miou_interval": (0.4, 0.6),
         "pure_groups": 40,
         "naming_accuracy": 0.85,
         "seconds": 2.0,
@@ -88,3 +92,10 @@ def test_undefined_numbers_become_null():
     assert values["naming_accuracy"] is None
     assert values["per_class"][2]["iou"] is None
     assert values["confusion"] == [[1, 2], [3, 4]]
+
+
+def test_details_have_lines_of_their_own():
+    table = evaluation(boundary_miou=0.3, oracle_miou_by_stage=(0.9, 0.8)).table()
+    assert "  oracle, stage 1  0.900  the groups of that stage\n" in table
+    assert "  near contours    0.300  boundary IoU" in table
+    assert "interval" not in evaluation(miou_interval=(math.nan, math.nan)).table()
