@@ -24,7 +24,7 @@ PORT = 7860
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from groupvit_fast.segmentation.options import add_protocol_flags
+    from groupvit_fast.segmentation.options import CLASSES_HELP, add_protocol_flags
 
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--port", type=int, default=PORT, metavar="N", help=f"0: a free one (default: {PORT})"
     )
     parser.add_argument(
-        "--classes", metavar="TEXT", help="names to begin with, between commas (default: by the model)"
+        "--classes", metavar="TEXT", help=f"to begin with: {CLASSES_HELP} (default: by the model)"
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
@@ -53,16 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= args.port <= 65_535:
         raise UserError(f"--port {args.port}: wanted 0 to 65535")
     from groupvit_fast.model import load_model
-    from groupvit_fast.segmentation.options import protocol_from_flags
+    from groupvit_fast.segmentation.options import classes_from_flag, protocol_from_flags
     from groupvit_fast.segmentation.server import DemoServer
-    from groupvit_fast.segmentation.studio import Studio, read_class_text, sample_image
+    from groupvit_fast.segmentation.studio import Studio, sample_image
 
-    if args.classes:
-        read_class_text(args.classes)
+    classes = ", ".join(classes_from_flag(args.classes)) if args.classes is not None else None
     model = load_model(args.checkpoint, resolve_device(args.device))
     protocol = protocol_from_flags(args, model.config)
     name = args.checkpoint.resolve().name
-    studio = Studio(model, protocol, name=name, classes=args.classes)
+    studio = Studio(model, protocol, name=name, classes=classes)
     studio.segment(
         studio.add_photo(sample_image(0))["id"], studio.classes
     )  # faults show before the page does

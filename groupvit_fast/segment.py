@@ -33,8 +33,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from groupvit_fast.segmentation.datasets import BENCHMARKS
-    from groupvit_fast.segmentation.options import add_protocol_flags
+    from groupvit_fast.segmentation.options import CLASSES_HELP, add_protocol_flags
 
     parser = argparse.ArgumentParser(
         prog="python -m groupvit_fast.segment",
@@ -49,8 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--classes",
         required=True,
         metavar="TEXT",
-        help='names between commas, "|" between synonyms; or a text file with one class a line; '
-        f"or the classes of {', '.join(BENCHMARKS)}",
+        help=CLASSES_HELP,
     )
     parser.add_argument(
         "--background",
@@ -94,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from groupvit_fast.model import load_model
     from groupvit_fast.segmentation.evaluation import encode_protocol_classes
     from groupvit_fast.segmentation.modes import parse_modes
-    from groupvit_fast.segmentation.options import protocol_from_flags, require_writable
+    from groupvit_fast.segmentation.options import classes_from_flag, protocol_from_flags, require_writable
 
-    entries, modes = _read_classes(args.classes), parse_modes(args.modes)
+    entries, modes = classes_from_flag(args.classes), parse_modes(args.modes)
     outputs = _name_outputs(_find_images(args.images), args.output)
     if args.html and len(outputs) > MOST_PAGE_PHOTOS:
         raise UserError(
@@ -141,18 +139,6 @@ def _write_page(args: argparse.Namespace, protocol, shown: list[dict]) -> None:
     write_text_atomically(args.html, self_contained_page(title, about, shown))
     if not args.quiet:
         print(f"page: {args.html}")
-
-
-def _read_classes(text: str) -> list[str]:
-    from groupvit_fast.segmentation.datasets import BENCHMARKS, benchmark_classes
-    from groupvit_fast.segmentation.prompts import foreground_classes, parse_classes, read_class_file
-
-    if text in BENCHMARKS:
-        entries = benchmark_classes(text)
-    else:
-        is_file = text.endswith(".txt") or ("," not in text and Path(text).is_file())
-        entries = read_class_file(Path(text)) if is_file else parse_classes(text)
-    return foreground_classes(entries)
 
 
 def _find_images(arguments: Sequence[str]) -> list[Path]:

@@ -62,7 +62,7 @@ def test_it_says_where_it_is_and_ends_cleanly(checkpoint, number):
         (["{dir}/none"], "{dir}/none"),
         (["{weights}", "--port", "70000"], "--port 70000: wanted 0 to 65535"),
         (["{weights}", "--classes", "dog, dog"], "'dog' occurs twice"),
-        (["{weights}", "--classes", ","], "name at least one class"),
+        (["{weights}", "--classes", ","], "class list is empty"),
         (["{weights}", "--protocol", "shape"], "did you mean shapes"),
         (["{weights}", "--port", "{taken}"], "choose another --port, or 0"),
     ],

@@ -8,11 +8,33 @@ from pathlib import Path
 
 from groupvit_fast.console import UserError
 from groupvit_fast.model.presets import ModelConfig
-from groupvit_fast.segmentation.prompts import TEMPLATE_SETS, read_class_file
+from groupvit_fast.segmentation.datasets import BENCHMARKS, benchmark_classes
+from groupvit_fast.segmentation.prompts import (
+    TEMPLATE_SETS,
+    foreground_classes,
+    parse_classes,
+    read_class_file,
+)
 from groupvit_fast.segmentation.protocols import MODES, PROTOCOLS, Protocol, protocol
 
 SMALL_MODEL = 128
 """Models trained on smaller images than this are evaluated whole and at that size unless told otherwise."""
+
+
+CLASSES_HELP = (
+    'names between commas, "|" between synonyms; or a text file with one class a line; '
+    f"or the classes of {', '.join(BENCHMARKS)}"
+)
+
+
+def classes_from_flag(text: str) -> list[str]:
+    """The class entries that --classes stands for, without background."""
+    if text in BENCHMARKS:
+        entries = benchmark_classes(text)
+    else:
+        is_file = text.endswith(".txt") or ("," not in text and Path(text).is_file())
+        entries = read_class_file(Path(text)) if is_file else parse_classes(text)
+    return foreground_classes(entries)
 
 
 def add_protocol_flags(parser: argparse.ArgumentParser) -> None:

@@ -87,6 +87,8 @@ def check_classes(entries: Sequence[str], where: str) -> list[str]:
         for name in synonyms(entry):
             if not name:
                 raise UserError(f"{where}: {entry!r} has an empty synonym; write it like 'sofa|couch'")
+            if any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise UserError(f"{where}: {name!r} has bytes that are no text; write names in UTF-8")
             if name.lower() in seen:
                 raise UserError(f"{where}: {name!r} occurs twice (in {seen[name.lower()]!r} and {entry!r})")
             seen[name.lower()] = entry

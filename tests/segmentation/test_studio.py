@@ -87,6 +87,7 @@ def test_class_texts_in_work():
         ("dog, Dog", "'Dog' occurs twice"),
         ("dog, background", "a rule, not a name"),
         ("a||b", "empty synonym"),
+        ("dog, \ud800", "no text"),
         (",".join(f"thing {number}" for number in range(10_001)), "10001 classes; give at most 10000"),
     ):
         with pytest.raises(UserError, match=message):
@@ -111,6 +112,12 @@ def test_too_many_pixels_are_refused_before_decoding(room):
     Image.new("1", (8000, 6251)).save(buffer, "PNG")
     with pytest.raises(UserError, match="above the limit of 50000000"):
         room.add_photo(buffer.getvalue())
+
+
+def test_the_first_class_list_fits_the_protocol(tools):
+    lists = [Studio(tools.FakeModel(), protocol(name), name="").classes for name in ("shapes", "official")]
+    assert lists[0].startswith("ball, box")
+    assert lists[1].startswith("aeroplane, bicycle")
 
 
 def test_samples_differ_and_repeat():

@@ -8,6 +8,10 @@ function mark(side, label) {
   }
 }
 
+function scoreText(score) {
+  return score > 0 && score < 0.005 ? "< 0.01" : score.toFixed(2);
+}
+
 function swatch(colour) {
   const node = element("span", { class: "swatch" });
   node.style.backgroundColor = colour;
@@ -91,7 +95,7 @@ function groupList(viewer) {
 function groupWords(viewer, stage, group, last) {
   if (!last) return [`joins ${stage.parents[group] + 1}`, ""];
   const { classes, groups } = viewer.labels;
-  const words = groups[group].map(([label, score]) => `${classes[label].name} ${score.toFixed(2)}`);
+  const words = groups[group].map(([label, score]) => `${classes[label].name} ${scoreText(score)}`);
   return [words[0], `Best classes: ${words.join(", ")}`];
 }
 
@@ -105,11 +109,11 @@ function describe(viewer, place) {
   const score = labels.scoreMap[place] / 255, known = label !== labels.background;
   const group = typeof view === "number" ? photo.stages[view].map[place] : final;
   const stage = photo.stages[typeof view === "number" ? view : photo.stages.length - 1];
-  const title = element("strong", {}, swatch(colour), name, known ? element("span", { class: "number" }, score.toFixed(2)) : "");
+  const title = element("strong", {}, swatch(colour), name, known ? element("span", { class: "number" }, scoreText(score)) : "");
   const bars = labels.groups[final].map(([other, value]) => element(
-    "li", {}, element("span", { class: "name" }, labels.classes[other].name), meter(value), element("span", { class: "number" }, value.toFixed(2)),
+    "li", {}, element("span", { class: "name" }, labels.classes[other].name), meter(value), element("span", { class: "number" }, scoreText(value)),
   ));
   const where = element("p", { class: "note" }, swatch(stage.names[group]), `${stage.title.replace(/s$/, "")} ${group + 1}`);
-  const text = `${name}${known ? `, score ${score.toFixed(2)}` : ""}; ${stage.title.replace(/s$/, "").toLowerCase()} ${group + 1}`;
+  const text = `${name}${known ? `, score ${scoreText(score)}` : ""}; ${stage.title.replace(/s$/, "").toLowerCase()} ${group + 1}`;
   return { label: typeof view === "number" ? group : label, nodes: [title, where, element("ul", { class: "bars" }, ...bars)], text };
 }
