@@ -35,6 +35,11 @@ def run_command(main: Callable[[Sequence[str] | None], int | None], argv: Sequen
         return 130
 
 
+def printable(text: str) -> str:
+    """`text` for a terminal: control characters and bytes that are no text become escapes such as \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def add_common_flags(parser: argparse.ArgumentParser, *, output: str | None = None) -> None:
     """Add the flags every long command has; `output` is the help text of --output, None leaves it out."""
     if output:

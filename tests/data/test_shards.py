@@ -4,8 +4,8 @@ import pytest
 import webdataset
 
 from groupvit_fast import shards as command
-from groupvit_fast.console import UserError, run_command
-from groupvit_fast.data.shards import Pair, pairs_of_folder, write_shards
+from groupvit_fast.console import run_command
+from groupvit_fast.data.shards import Pair, write_shards
 
 
 def test_written_shards_read_back_with_webdataset(tmp_path, noise_image):
@@ -28,27 +28,6 @@ def test_interrupted_writing_leaves_no_half_shard(tmp_path):
     with pytest.raises(ValueError, match="bytes"):
         write_shards(pairs, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_pairs_of_folder_skips_images_without_caption(tmp_path, noise_image):
-    (tmp_path / "sub").mkdir()
-    for name, caption in (
-        ("b.jpg", "second"),
-        ("sub/c.PNG", "third"),
-        ("a.jpeg", "first"),
-        ("alone.jpg", None),
-    ):
-        (tmp_path / name).write_bytes(noise_image(0))
-        if caption:
-            (tmp_path / name).with_suffix(".txt").write_text(caption)
-    found = list(pairs_of_folder(tmp_path))
-    assert [(pair.extension, pair.caption) for pair in found] == [
-        ("jpeg", "first"),
-        ("jpg", "second"),
-        ("png", "third"),
-    ]
-    with pytest.raises(UserError, match="no such folder"):
-        list(pairs_of_folder(tmp_path / "none"))
 
 
 def test_pack_index_check_stats(tmp_path, noise_image, capsys):
@@ -74,10 +53,10 @@ def test_pack_index_check_stats(tmp_path, noise_image, capsys):
     assert json.loads(report.read_text())["different_captions"] == 1
 
 
-def test_check_decode_finds_what_the_index_cannot(make_shards, capsys):
+def test_full_check_finds_what_the_index_cannot(make_shards, capsys):
     (tar,) = make_shards(4, hollow=[2])
     assert command.main(["check", str(tar)]) == 0
-    assert command.main(["check", str(tar), "--decode"]) == 1
+    assert command.main(["check", str(tar), "--verify", "full"]) == 1
     assert "000000.tar:000000002: cannot be decoded" in capsys.readouterr().out
 
 
