@@ -57,8 +57,8 @@ def _bench(name: str, seconds: int, *arguments: str, script: str = "") -> Part:
 CPU_PARTS = (
     _bench("ceilings", 20),
     _bench("kernel_bench", 210, "--full"),
-    _bench("train_bench", 220),
-    _bench("eval_bench", 140),
+    _bench("train_bench", 220, "--seconds", "15", "--rounds", "3"),
+    _bench("eval_bench", 140, "--images", "16", "--part", "4", "--seconds", "1"),
     _bench("data_bench", 140),
     _bench("scaling", 120),
     Part("counts", 50, (PYTHON, "benchmarks/counts.py", "--json", "{json}")),

@@ -5,6 +5,7 @@
 #     benchmarks/gpu_report.sh --cpu [DIR]   the parts that need no GPU
 #     benchmarks/gpu_report.sh --no-build .. measure what is built already
 #     benchmarks/gpu_report.sh --only PARTS  some parts, with commas between
+#     benchmarks/gpu_report.sh --wheels DIR  put these wheels on the path first: what the machine lacks
 #
 # Uses the torch of $PYTHON (default: python3) and installs nothing but this package, into its own checkout. Every
 # part has a time limit; one that fails is recorded in the report, and the rest goes on. Results are written after
@@ -19,6 +20,7 @@ device=auto
 build=yes
 target=
 only=()
+wheels=
 while [ $# -gt 0 ]; do
     case $1 in
         --cpu) device=cpu ;;
@@ -27,15 +29,19 @@ while [ $# -gt 0 ]; do
             only=(--only "${2:?--only needs the names of parts}")
             shift
             ;;
-        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        -*) echo "error: unknown option $1; there are --cpu, --no-build, --only" >&2; exit 2 ;;
+        --wheels)
+            wheels=${2:?--wheels needs a folder}
+            shift
+            ;;
+        -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -*) echo "error: unknown option $1; there are --cpu, --no-build, --only, --wheels" >&2; exit 2 ;;
         *) target=$1 ;;
     esac
     shift
 done
 target=${target:-${OUT:-build/gpu_report}}
 work=build/gpu_report/parts
-rm -rf "$work"
+rm -rf build/gpu_report
 mkdir -p "$work/logs" "$target" || exit 1
 
 if ! "$python" -c 'import torch' 2> "$work/logs/torch.log"; then
@@ -65,6 +71,12 @@ fi
 # An environment that its distribution manages refuses pip otherwise; this writes a link to this checkout, no more.
 export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INDEX=1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+if [ -n "$wheels" ]; then
+    "$python" -m pip install --quiet --no-deps --target build/gpu_report/site "$wheels"/*.whl > "$work/logs/wheels.log" 2>&1 \
+        || echo "the wheels of $wheels were not installed: $(tail -n 1 "$work/logs/wheels.log")"
+    export PYTHONPATH=$PWD/build/gpu_report/site:$PYTHONPATH
+fi
 
 record() {  # name, status, seconds, why
     printf '{"%s": {"status": "%s", "seconds": %d, "why": "%s"}}\n' "$@" > "$work/parts.json"

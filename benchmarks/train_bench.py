@@ -30,7 +30,6 @@ from groupvit_fast.training.distributed import World
 from groupvit_fast.training.flops import training_flops
 from groupvit_fast.training.precision import DTYPES, autocast
 from groupvit_fast.training.recipes import model_config, recipe
-from groupvit_fast.training.sources import open_loader, shapes_folder
 
 NOMINAL = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}
 """Dense bf16 operations a second that the maker states."""
@@ -77,6 +76,9 @@ def feeds(
     if not arguments.data:
         batch = train_cases.make_batch(settings, config.batch_size, config.multi_label, device)
         return dict.fromkeys(names, lambda: batch)
+    # Only here, so that the rest runs where DALI is not installed.
+    from groupvit_fast.training.sources import open_loader, shapes_folder
+
     shards = [str(shapes_folder(config, World()) / "train")]
     loaders = {name: iter(open_loader(config, settings, shards, World(), device)) for name in names}
     return {name: (lambda batches=batches: next(batches)) for name, batches in loaders.items()}

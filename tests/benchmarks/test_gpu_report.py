@@ -22,7 +22,7 @@ case "$*" in
     *get_device_capability*) echo 90 ;;
     *"pip install"*) sleep "${PIP_SLEEPS:-0}"; exit "${PIP:-0}" ;;
     *build_ext*) exit "${IN_PLACE:-0}" ;;
-    *bench.py*) echo "CUDAARCHS=${CUDAARCHS:-}" >> "$CALLS"; exit "${BENCH:-0}" ;;
+    *bench.py*) echo "CUDAARCHS=${CUDAARCHS:-} PYTHONPATH=$PYTHONPATH" >> "$CALLS"; exit "${BENCH:-0}" ;;
     "-c print("*) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
@@ -97,6 +97,15 @@ def test_measurements_that_break_down_are_said(checkout):
     assert "ended with status 7" in done.stdout
     assert build_record(checkout)["status"] == "left out"
     assert "--only ceilings,scaling" in calls(checkout)
+
+
+def test_wheels_go_into_a_folder_of_their_own(checkout):
+    wheels = checkout / "wheels"
+    wheels.mkdir()
+    (wheels / "ftfy-6-py3-none-any.whl").touch()
+    assert run(checkout, "--wheels", str(wheels)).returncode == 0
+    assert f"--target build/gpu_report/site {wheels}/ftfy-6-py3-none-any.whl" in calls(checkout)
+    assert f"PYTHONPATH={checkout}/build/gpu_report/site:{checkout}" in calls(checkout)
 
 
 def test_without_torch_or_with_a_wrong_option_it_is_one_line(checkout):
