@@ -24,7 +24,8 @@ from groupvit_fast.data.decode import (
     to_torch,
     undecodable,
 )
-from groupvit_fast.data.images import FORMATS, MAX_PIXELS, probe_size
+from groupvit_fast.data.images import MAX_PIXELS
+from groupvit_fast.data.probe import InMemory, probe_image
 from groupvit_fast.data.scan import IMAGE_EXTENSIONS
 
 
@@ -155,12 +156,9 @@ def _geometry(batch: list[LabelledImage], resize: int, crop: int) -> tuple[np.nd
     """
     sizes = []
     for image in batch:
-        try:
-            _, width, height = probe_size(image.data, FORMATS)
-        except ValueError as error:
-            raise UserError(f"{image.name}: {error}") from None
-        if width * height > MAX_PIXELS:
-            raise UserError(f"{image.name}: {width} x {height} pixels is above the limit of {MAX_PIXELS}")
+        width, height, fault = probe_image(InMemory(image.data), MAX_PIXELS)
+        if fault:
+            raise UserError(f"{image.name}: {fault}")
         sizes.append((height, width))
     shape = np.array(sizes)
     size = resize * shape // shape.min(1, keepdims=True)

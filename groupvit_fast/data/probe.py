@@ -35,6 +35,16 @@ class FileSlice:
         return data
 
 
+class InMemory:
+    """The same for bytes at hand."""
+
+    def __init__(self, data: bytes):
+        self.data, self.size = data, len(data)
+
+    def view(self, position: int, count: int) -> bytes:
+        return self.data[position : position + max(count, 0)]
+
+
 class ImageProbe(NamedTuple):
     """What the header says."""
 
@@ -47,7 +57,7 @@ class _Damaged(Exception):
     """The header of an image of this kind makes no sense."""
 
 
-def probe_image(image: FileSlice, max_pixels: int) -> ImageProbe:
+def probe_image(image: FileSlice | InMemory, max_pixels: int) -> ImageProbe:
     """Look at a JPEG, PNG or WebP file."""
     head = image.view(0, 64)
     try:

@@ -71,7 +71,7 @@ def test_a_broken_image_is_named(folders, hollow_image):
     with pytest.raises(UserError, match=r"picture 3.JPEG: cannot be decoded"):
         list(evaluation_batches(ClassFolders(folders), num_threads=1))
     bad.write_bytes(b"<html>")
-    with pytest.raises(UserError, match=r"picture 3.JPEG: not a JPEG"):
+    with pytest.raises(UserError, match=r"picture 3.JPEG: HTML file, not a JPEG"):
         list(evaluation_batches(ClassFolders(folders), num_threads=1))
 
 
