@@ -8,6 +8,7 @@ the IoU of the parts of the true and of the predicted mask that lie within a dis
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,20 @@ def boundary_counts(target: Tensor, prediction: Tensor, num_classes: int) -> Ten
 
 def near_contour(labels: Tensor, distance: int) -> Tensor:
     """bool [H, W]: a pixel of another label, or the outside, lies within `distance` lines and columns."""
-    padded = F.pad(labels.float()[None, None], [distance] * 4, value=_OUTSIDE)
-    size = 2 * distance + 1
-    highest, lowest = (
-        sign * F.max_pool2d(F.max_pool2d(sign * padded, (size, 1), 1), (1, size), 1) for sign in (1, -1)
-    )
-    return (highest != lowest)[0, 0]
+    padded = F.pad(labels.int(), [distance] * 4, value=_OUTSIDE)
+    highest, lowest = padded, padded
+    for axis in (0, 1):
+        highest = over_windows(torch.maximum, highest, axis, 2 * distance + 1)
+        lowest = over_windows(torch.minimum, lowest, axis, 2 * distance + 1)
+    return highest != lowest
+
+
+def over_windows(combine: Callable[[Tensor, Tensor], Tensor], values: Tensor, axis: int, size: int) -> Tensor:
+    """`combine` all values in each window of `size` along `axis`, doubling the windows step by step."""
+    reached = 1
+    while reached < size:
+        step = min(reached, size - reached)
+        count = values.shape[axis] - step
+        values = combine(values.narrow(axis, 0, count), values.narrow(axis, step, count))
+        reached += step
+    return values
