@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import socket
+import struct
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -237,6 +238,21 @@ def test_garbage_that_is_no_http(demo, photo, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_clients_that_vanish_are_no_event(demo, photo, capsys):
+    head = f"POST /api/photos HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(photo)}\r\n\r\n"
+    for data in (b"GET /api/info HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50, head.encode() + photo[:100]):
+        for _ in range(5):
+            connection = socket.create_connection(("127.0.0.1", demo.server_port))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(data)
+            connection.close()  # at once, with a reset
+    deadline = time.monotonic() + 10
+    while demo.places._value < server.MOST_CONNECTIONS and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert alive(demo, photo)
+    assert capsys.readouterr().err == ""
+
+
 def test_slow_clients_do_not_block_others(demo, photo):
     slow = [socket.create_connection(("127.0.0.1", demo.server_port)) for _ in range(20)]
     try:
@@ -252,6 +268,7 @@ def test_slow_clients_do_not_block_others(demo, photo):
 
 
 def test_a_silent_client_is_sent_away(demo, monkeypatch):
+    assert 0 < server.Handler.timeout <= 30
     monkeypatch.setattr(server.Handler, "timeout", 0.2)
     start = time.monotonic()
     head = b"POST /api/photos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nstart"

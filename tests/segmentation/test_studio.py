@@ -107,6 +107,14 @@ def test_what_is_no_picture_is_refused(room, data):
         room.add_photo(data)
 
 
+def test_formats_that_nobody_photographs_in_stay_out(tools, room):
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png(tools))) as picture:
+        picture.save(buffer, "PCX")
+    with pytest.raises(UserError, match="unknown or damaged format"):
+        room.add_photo(buffer.getvalue())
+
+
 def test_too_many_pixels_are_refused_before_decoding(room):
     buffer = io.BytesIO()
     Image.new("1", (8000, 6251)).save(buffer, "PNG")
