@@ -67,7 +67,7 @@ def packed(values: np.ndarray) -> dict[str, Any]:
 def photo_part(name: str, photo: EncodedPhoto, picture: str) -> dict[str, Any]:
     """The part of a result that class names do not change; `picture` is the URL of the photo."""
     size, last = page_size(photo.size), photo.stages - 1
-    titles = STAGE_TITLES.get(photo.stages) or [f"Groups {stage + 1}" for stage in range(photo.stages)]
+    titles = STAGE_TITLES.get(photo.stages) or [f"Stage {stage + 1} groups" for stage in range(photo.stages)]
     height, width = (max(getattr(box, edge) for box in photo.boxes) for edge in ("bottom", "right"))
     stages = []
     for stage, title in enumerate(titles):

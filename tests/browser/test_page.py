@@ -104,7 +104,7 @@ def test_pointing_tells_class_score_and_group(page, result, checkpoint):
         assert title[0] == NAMES[labels[row, column]]
         expected = scores.groups[0, groups[row, column], labels[row, column]].item()
         assert float(title[1].removeprefix("< ")) == pytest.approx(expected, abs=0.011)
-        assert page.find(".tip .note").text == f"Final group {groups[row, column] + 1}"
+        assert page.find(".tip .note").text == f"in final group {groups[row, column] + 1}"
         assert title[0] in page.find("#reading").text
         assert [row.get_attribute("data-label") for row in page.all("li.here")] != []
 

@@ -88,12 +88,18 @@ function groupList(viewer) {
       : element("div", { class: "row plain", title: note }, ...cells);
     return element("li", { "data-label": group, ...emphasis(viewer, group) }, row);
   });
-  const hint = last ? "Choose a group to see how strongly it claims each place." : "Each of these joins one of the final groups.";
+  const { boxes } = viewer.photo;
+  const hint = (last ? "Choose a group to see how strongly it claims each place." : "Each of these joins a group of the next stage.")
+    + (boxes.length > 1 ? ` The photo was seen in ${boxes.length} windows, each with groups of its own.` : "");
   return [heading(stage.title, `${counts.size} of ${stage.colours.length} in use`), element("p", { class: "note" }, hint), element("ul", { class: "rows" }, ...rows)];
 }
 
+function singular(stage) {
+  return stage.title.replace(/s\b/, "").toLowerCase();
+}
+
 function groupWords(viewer, stage, group, last) {
-  if (!last) return [`joins ${stage.parents[group] + 1}`, ""];
+  if (!last) return [`joins ${singular(viewer.photo.stages[viewer.view + 1])} ${stage.parents[group] + 1}`, ""];
   const { classes, groups } = viewer.labels;
   const words = groups[group].map(([label, score]) => `${classes[label].name} ${scoreText(score)}`);
   return [words[0], `Best classes: ${words.join(", ")}`];
@@ -113,7 +119,7 @@ function describe(viewer, place) {
   const bars = labels.groups[final].map(([other, value]) => element(
     "li", {}, element("span", { class: "name" }, labels.classes[other].name), meter(value), element("span", { class: "number" }, scoreText(value)),
   ));
-  const where = element("p", { class: "note" }, swatch(stage.names[group]), `${stage.title.replace(/s$/, "")} ${group + 1}`);
-  const text = `${name}${known ? `, score ${scoreText(score)}` : ""}; ${stage.title.replace(/s$/, "").toLowerCase()} ${group + 1}`;
+  const where = element("p", { class: "note" }, swatch(stage.names[group]), `in ${singular(stage)} ${group + 1}`);
+  const text = `${name}${known ? `, score ${scoreText(score)}` : ""}; ${singular(stage)} ${group + 1}`;
   return { label: typeof view === "number" ? group : label, nodes: [title, where, element("ul", { class: "bars" }, ...bars)], text };
 }
