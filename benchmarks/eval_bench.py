@@ -57,6 +57,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32", help="of our encoder (default: fp32)")
     parser.add_argument("--only", choices=("decode", "whole"), help="one half of the benchmark")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per decoding row (default: 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--clock",
+        choices=stopwatch.CLOCKS,
+        default="wall",
+        help="cpu: of this process alone; with --threads 1",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows as JSON to FILE")
     return parser.parse_args(argv)
 
@@ -89,7 +96,7 @@ def whole_evaluation(args, device: str, folder: Path) -> list[Row]:
         dataset.items = part
         ious = {}
         for name, run in contenders(args, model, dataset, chosen, resolved).items():
-            seconds, ious[name] = stopwatch.once(run, device)
+            seconds, ious[name] = stopwatch.once(run, device, args.clock)
             samples[name].append(seconds * 1e3 / len(part))
             print(f"  {name}: {len(part) / seconds:.2f} images/s", flush=True)
         if args.precision == "fp32" and not torch.allclose(*ious.values(), atol=2e-3, equal_nan=True):
@@ -138,7 +145,7 @@ def decoding(args, device: str, folder: Path) -> list[Row]:
         if (expected == found).sum() < AGREEMENT * found.numel():
             raise UserError(f"{case}: {(expected != found).sum()} pixels differ")
         regions = len(found.unique())
-        timings = stopwatch.interleaved(runs, device, seconds=args.seconds)
+        timings = stopwatch.interleaved(runs, device, seconds=args.seconds, clock=args.clock)
         peaks = {name: stopwatch.peak_memory(run, device) for name, run in runs.items()}
         rows += timing_rows("decoding, 500 x 375", case, timings, peak_bytes=peaks, labels_seen=regions)
     return rows
@@ -172,6 +179,8 @@ def line(rows: list[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     device = resolve_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     print(one_line(describe(device)))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line([row for row in rows if (row["name"], row["case"]) == case]))
     if args.json:
         settings = {"images": args.images, "preset": args.preset, "protocol": args.protocol}
-        settings |= {"precision": args.precision, "part": args.part}
+        settings |= {"precision": args.precision, "part": args.part, "clock": args.clock}
         write_result(args.json, "eval_bench", rows, device=device, **settings)
     return 0
 

@@ -2,7 +2,7 @@
 
     python -m groupvit_fast.segmentation.prepare coco_object /data/coco_stuff164k
 
-Reads and writes below ROOT, in the folders that `datasets` looks into; VOC and ADE20K need no conversion.
+Reads and writes below ROOT, in the folders that `layouts` names; VOC and ADE20K need no conversion.
 Each label image is written whole or not at all, and one that exists is kept, so a second run continues the
 first.
 """
@@ -20,11 +20,13 @@ import numpy as np
 from PIL import Image
 
 from groupvit_fast.console import UserError, run_command
+from groupvit_fast.segmentation import prepare_context
 from groupvit_fast.segmentation.datasets import BENCHMARKS, read_mask
 from groupvit_fast.segmentation.metrics import IGNORE
 from groupvit_fast.segmentation.pictures import save_atomically
 
 WORKERS = 4
+CONTEXT = "context60"  # context59 reads the same label images
 _INVALID = 254
 
 COCO_CATEGORY_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
@@ -82,7 +84,34 @@ CONVERSIONS = {
 
 def prepare(name: str, root: Path, *, split: str = "val", quiet: bool = True) -> tuple[int, int]:
     """Write the label images of benchmark `name` below `root`; returns (written, kept)."""
-    conversion, layout = CONVERSIONS[name], BENCHMARKS[name].of_split(split)
+    if name == CONTEXT:
+        pairs, convert = prepare_context.sources(root), prepare_context.convert
+    else:
+        conversion = CONVERSIONS[name]
+        pairs = _sources(name, conversion, root, split)
+
+        def convert(source: Path, target: Path) -> None:
+            save_atomically(Image.fromarray(convert_values(source, conversion.label_of_value)), target)
+
+    def make(pair: tuple[Path, Path]) -> bool:
+        if pair[1].exists():
+            return False
+        convert(*pair)
+        return True
+
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        bar = tqdm(pool.map(make, pairs), total=len(pairs), unit=" masks", disable=True if quiet else None)
+        written = sum(bar)
+    if name == CONTEXT:
+        prepare_context.write_splits(root)
+    return written, len(pairs) - written
+
+
+def _sources(name: str, conversion: Conversion, root: Path, split: str) -> list[tuple[Path, Path]]:
+    """(original, label image) of every image of a benchmark."""
+    layout = BENCHMARKS[name].of_split(split)
     folder = root / layout.masks
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; unpack {conversion.origin} there")
@@ -94,22 +123,10 @@ def prepare(name: str, root: Path, *, split: str = "val", quiet: bool = True) ->
     )
     if not sources:
         raise UserError(f"no *{conversion.source_suffix} in {folder}; unpack {conversion.origin} there")
-
-    def convert(source: Path) -> bool:
-        target = source.with_name(source.name.removesuffix(conversion.source_suffix) + layout.mask_suffix)
-        if target.exists():
-            return False
-        save_atomically(Image.fromarray(convert_values(source, conversion.label_of_value)), target)
-        return True
-
-    from tqdm import tqdm
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        bar = tqdm(
-            pool.map(convert, sources), total=len(sources), unit=" masks", disable=True if quiet else None
-        )
-        written = sum(bar)
-    return written, len(sources) - written
+    return [
+        (path, path.with_name(path.name.removesuffix(conversion.source_suffix) + layout.mask_suffix))
+        for path in sources
+    ]
 
 
 def convert_values(source: Path, label_of_value: np.ndarray) -> np.ndarray:
@@ -130,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=sorted(CONVERSIONS), help="benchmark")
+    parser.add_argument("name", choices=sorted([*CONVERSIONS, CONTEXT]), help="benchmark")
     parser.add_argument("root", type=Path, metavar="ROOT", help="its folder, as evaluate's --root")
     parser.add_argument("--split", choices=("val", "train"), default="val", help="default: val")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -104,3 +104,61 @@ def test_faults_are_one_line(coco, capsys, fault):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert sorted(coco.rglob("*")) == before
+
+
+@pytest.fixture
+def context(tmp_path):
+    """Pascal Context beside VOC2010, as distributed: three images, one of them only in VOC."""
+    io = pytest.importorskip("scipy.io")
+    for folder in ("trainval", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for key, values in (("2008_000002", [[2, 9, 458], [0, 187, 459]]), ("2008_000003", [[427, 260, 1]])):
+        io.savemat(
+            tmp_path / f"trainval/{key}.mat", {"LabelMap": np.array(values, np.uint16)}, do_compression=True
+        )
+        Image.new("RGB", (3, len(values))).save(tmp_path / f"JPEGImages/{key}.jpg")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("2008_000003\n")
+    (tmp_path / "ImageSets/Main/val.txt").write_text("2008_000002\n2008_000007\n")
+    return tmp_path
+
+
+def test_context(context, capsys):
+    assert run("context60", context) == 0
+    assert "2 label images written, 0 were there" in capsys.readouterr().out
+    dataset = open_dataset("context60", context)
+    assert len(dataset) == 1
+    target = dataset.read(dataset.items[0])[1]
+    assert target.tolist() == [[1, 2, 59], [0, 29, 0]]
+    assert [dataset.class_names[label] for label in (1, 2, 59, 29)] == ["airplane", "bag", "wood", "grass"]
+    train = open_dataset("context59", context, "train")
+    labels = train.read(train.items[0])[1][0].tolist()
+    assert labels[2] == 255
+    assert [train.class_names[label] for label in labels[:2]] == ["tvmonitor", "mouse"]
+    assert run("context60", context) == 0
+    assert "0 label images written, 2 were there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["value", "damaged", "empty", "lists", "scipy"])
+def test_faults_of_context_are_one_line(context, capsys, monkeypatch, fault):
+    source = context / "trainval/2008_000002.mat"
+    if fault == "value":
+        from scipy.io import savemat
+
+        savemat(source, {"LabelMap": np.array([[460]], np.uint16)})
+        message = "other numbers than 0 to 459"
+    elif fault == "damaged":
+        source.write_bytes(source.read_bytes()[:150])
+        message = "not an annotation of Pascal Context"
+    elif fault == "empty":
+        source.parent.rename(context / "elsewhere")
+        message = "unpack trainval.tar.gz"
+    elif fault == "lists":
+        (context / "ImageSets/Main/val.txt").unlink()
+        message = "must be VOC2010"
+    else:
+        monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
+        message = "pip install scipy"
+    assert run("context60", context) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
