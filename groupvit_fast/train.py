@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from groupvit_fast.console import UserError, resolve_device, run_command, write_json, write_text_atomically
-from groupvit_fast.data.index import expand_shards
 from groupvit_fast.model.groupvit import create_model
 from groupvit_fast.model.presets import ModelConfig
 from groupvit_fast.segmentation import Evaluation, protocol
@@ -104,7 +103,7 @@ def _run(config: TrainConfig, device: str, world: World) -> int:
     output = run_folder.choose_output(config)
     found = run_folder.checkpoint_to_resume(config, output, world, say)
     shards, held_out = _data(config, model_settings, world, device)
-    loader = open_loader(config, model_settings, shards, world, device)
+    loader = open_loader(config, model_settings, shards, world, device, output)
     dtype, remark = choose_dtype(config.amp, config.amp_dtype, device, model_settings.image.width)
     if remark:
         say(remark)
@@ -150,8 +149,7 @@ def _data(
     config: TrainConfig, model: ModelConfig, world: World, device: str
 ) -> tuple[list[str], HeldOut | None]:
     """Training shards and the held-out set: those that were named, else the built-in dataset."""
-    shards = [str(path) for path in expand_shards(config.data)] if config.data else []
-    places = config.eval_data
+    shards, places = config.data, config.eval_data
     if not shards:
         folder = shapes_folder(config, world)
         shards, places = [str(folder / "train")], places or [str(folder / "voc")]

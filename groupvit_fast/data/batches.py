@@ -6,11 +6,14 @@ the batch at a position is the same in every run, and a broken image changes not
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import logging
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,10 +85,22 @@ class _Plan:
 
 
 class BatchMaker:
-    """Makes the batches of one rank; decodes the next images while it encodes the texts of these."""
+    """Makes the batches of one rank; decodes the next images while it encodes the texts of these.
 
-    def __init__(self, reader: SampleReader, options: BatchOptions):
-        self.reader, self.options = reader, options
+    `sources` is a list of (samples, weight), in the order of the reader; none: each sample once an epoch.
+    """
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        options: BatchOptions,
+        sources: Sequence[tuple[int, float]] | None = None,
+        quarantine_file: Path | None = None,
+    ):
+        self.reader, self.options, self.sources = reader, options, sources
+        self._quarantine_file = quarantine_file
+        self._sizes, self._weights = zip(*sources, strict=True) if sources else ((len(reader),), None)
+        self.epoch_length = sum(itertools.starmap(sampling.epoch_share, sources)) if sources else len(reader)
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def batches(self, position: int) -> Iterator[Batch]:
@@ -106,18 +121,30 @@ class BatchMaker:
     def samples_at(self, position: int) -> np.ndarray:
         """Sample numbers of this rank's batch at `position`, across an epoch's end if need be."""
         size = self.options.batch_size
-        epoch, start = divmod(position + self.options.rank * size, len(self.reader))
+        epoch, start = divmod(position + self.options.rank * size, self.epoch_length)
         samples = self._order(epoch)[start : start + size]
-        if len(samples) < size:
-            samples = np.concatenate([samples, self._order(epoch + 1)[: size - len(samples)]])
+        while len(samples) < size:
+            epoch += 1
+            samples = np.concatenate([samples, self._order(epoch)[: size - len(samples)]])
         return samples
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            self._orders[epoch] = sampling.epoch_order(len(self.reader), self.options.seed, epoch)
+            self._orders[epoch] = self._make_order(epoch)
             while len(self._orders) > 2:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        reader, seed = self.reader, self.options.seed
+        if self._weights is None:
+            order = sampling.epoch_order(len(reader), seed, epoch)
+        else:
+            order = sampling.weighted_order(self._sizes, self._weights, seed, epoch)
+        if reader.window is None:
+            return order
+        shards = reader.shard_of(order)
+        return sampling.window_order(order, shards, reader.shard_bytes, reader.window, seed, epoch)
 
     def _open_decoder(self, position: int, plans: deque[_Plan]) -> ImageDecoder:
         positions = iter(range(position, 2**62, self.options.stride))
@@ -182,8 +209,21 @@ class BatchMaker:
             raise error
         for sample in sorted({pairs[number][0] for number in found}):
             self.reader.quarantine(sample)
-            _log.warning("%s cannot be decoded; the next good sample replaces it", self.reader.name(sample))
+            name = self.reader.name(sample)
+            _log.warning("%s cannot be decoded; the next good sample replaces it", name)
+            if self._quarantine_file is not None:
+                _add_line(self._quarantine_file, name)
         bad = self.reader.quarantined
         if len(bad) > max(_TOLERATED, position * _TOLERATED_PERCENT // 100):
             names = ", ".join(map(self.reader.name, bad[:10]))
             raise UserError(f"{len(bad)} images, over 1 % of those read, cannot be decoded; repair {names}")
+
+
+def _add_line(path: Path, line: str) -> None:
+    """Append a line unless the file has it; several processes may do so at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8", errors="surrogateescape") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if line not in file.read().split("\n"):
+            file.write(line + "\n")

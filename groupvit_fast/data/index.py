@@ -16,34 +16,43 @@ from tqdm import tqdm
 
 from groupvit_fast.console import UserError, write_bytes_atomically
 from groupvit_fast.data.index_files import index_places, load_index, store_index
+from groupvit_fast.data.remote import is_remote
 from groupvit_fast.data.scan import ShardIndex, file_stamp, scan
 
 _T = TypeVar("_T")
 _log = logging.getLogger("groupvit_fast")
 
 
-def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:
+def expand_shards(
+    spec: str | Path | Sequence[str | Path], *, remote: bool = False, allow_missing: bool = False
+) -> list[Path | str]:
     """Turn folders, globs, brace patterns {000000..000012} and plain paths into existing tar paths.
 
-    Several patterns may be joined by "::". Anything that is missing or matches nothing is a UserError.
+    Several patterns may be joined by "::". Anything that is missing or matches nothing is a UserError;
+    with `allow_missing`, single shards may be. URLs are kept as strings where `remote` lets them in.
     """
     items = [spec] if isinstance(spec, (str, Path)) else list(spec)
     patterns = [part for item in items for part in str(item).split("::") if part]
-    shards = [shard for pattern in patterns for shard in _expand_one(pattern)]
+    shards = [shard for pattern in patterns for shard in _expand_one(pattern, remote)]
     if not shards:
         raise UserError(
             "no shards given; name tar files, a folder or a pattern like data/{000000..000012}.tar"
         )
-    missing = [str(shard) for shard in shards if not shard.is_file()]
+    missing = [str(shard) for shard in shards if not (is_remote(shard) or shard.is_file())]
     if missing:
+        if allow_missing and len(missing) < len(shards):
+            _log.warning("%d of %d shards are missing, first: %s", len(missing), len(shards), missing[0])
+            return [shard for shard in shards if str(shard) not in missing]
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(f"missing shards: {names}; correct the path or the range in braces")
     return shards
 
 
-def _expand_one(pattern: str) -> list[Path]:
-    if pattern.startswith("pipe:") or "://" in pattern:
-        raise UserError(f"{pattern}: remote shards cannot be read; copy them to a local folder first")
+def _expand_one(pattern: str, remote: bool) -> list[Path | str]:
+    if is_remote(pattern) and remote:
+        return _braces(pattern)
+    if is_remote(pattern) or "://" in pattern:
+        raise UserError(f"{pattern}: remote shards cannot be read here; copy them to a local folder first")
     path = Path(pattern).expanduser()
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
@@ -52,17 +61,20 @@ def _expand_one(pattern: str) -> list[Path]:
         return found
     if path.exists():
         return [path]
-    try:
-        names = list(braceexpand(str(path)))
-    except UnbalancedBracesError:
-        raise UserError(f"{pattern}: the braces do not match; write a range as {{000000..000012}}") from None
-    shards: list[Path] = []
-    for name in names:
+    shards: list[Path | str] = []
+    for name in _braces(str(path)):
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not found:
             raise UserError(f"{name}: matches no file; check the folder and the pattern")
         shards += map(Path, found)
     return shards
+
+
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        raise UserError(f"{pattern}: the braces do not match; write a range as {{000000..000012}}") from None
 
 
 def write_index(tar: str | Path, cache_dir: Path | None = None) -> Path | None:

@@ -19,6 +19,7 @@ from groupvit_fast.data.batches import Batch, BatchMaker, BatchOptions
 from groupvit_fast.data.decode import default_threads, numbered_device, side_stream
 from groupvit_fast.data.index import expand_shards
 from groupvit_fast.data.reader import SampleReader
+from groupvit_fast.data.remote import ShardCache
 
 __all__ = ["Batch", "TrainLoader"]
 
@@ -33,6 +34,10 @@ class TrainLoader:
     `shards` is anything `expand_shards` takes. `batch_size` is per rank. The order is a permutation of all
     samples over all shards for each epoch; ranks take turns in it, and an epoch ends in the middle of a batch
     when it has to, so each good sample is seen exactly once per epoch and no tail is dropped.
+
+    `weights` has one number for each item of `shards`: how often an epoch shows each of its samples on
+    average. URLs are downloaded into `shard_cache`; where that cannot hold them all, samples are shuffled
+    over as many shards as it can. `quarantine_file` gets a line for each sample that turns out broken.
 
     `prompt_templates` is "clip", "noun" or a list of format strings, `noun_tags` a key of text.NOUN_TAGS.
     `prompt_fill` is "caption" or "noun", see text.draw_prompts.
@@ -58,6 +63,10 @@ class TrainLoader:
         min_crop: float = 0.08,
         flip: bool = True,
         augment: Augmentation | None = None,
+        weights: Sequence[float] | None = None,
+        allow_missing: bool = False,
+        shard_cache: ShardCache | None = None,
+        quarantine_file: Path | None = None,
         cache_dir: Path | None = None,
         quiet: bool = False,
     ):
@@ -78,31 +87,50 @@ class TrainLoader:
             flip=flip,
             augment=augment or Augmentation(),
         )
-        self.reader = SampleReader(expand_shards(shards), cache_dir, quiet)
-        self._maker = BatchMaker(self.reader, self.options)
+        specs = [shards] if isinstance(shards, (str, Path)) else list(shards)
+        sources = [expand_shards(spec, remote=True, allow_missing=allow_missing) for spec in specs or [[]]]
+        every = [shard for source in sources for shard in source]
+        self.reader = SampleReader(every, cache_dir, quiet, cache=shard_cache, allow_missing=allow_missing)
+        self.weights = [] if weights is None else [float(weight) for weight in weights]
+        weighted = self._weighted([len(source) for source in sources])
+        self._maker = BatchMaker(self.reader, self.options, weighted, quarantine_file)
         self._position = 0  # samples handed out so far, over all ranks and epochs
         self._check_samples()
+
+    def _weighted(self, shard_counts: list[int]) -> list[tuple[int, float]] | None:
+        """(samples, weight) of each source; None where the weights change nothing."""
+        if self.weights and len(self.weights) != len(shard_counts):
+            raise UserError(
+                f"{len(self.weights)} data weights for {len(shard_counts)} sources; give one for each"
+            )
+        if not all(weight >= 0 and weight < float("inf") for weight in self.weights):
+            raise UserError(f"data weights {self.weights} must be numbers of 0 or more")
+        if all(weight == 1 for weight in self.weights):
+            return None
+        source_of = np.searchsorted(np.cumsum(shard_counts), self.reader.given, side="right")
+        sizes = np.bincount(source_of, np.diff(self.reader.shard_start), len(shard_counts)).astype(int)
+        return list(zip(sizes.tolist(), self.weights, strict=True))
 
     def _check_samples(self) -> None:
         rejected = [entry for index in self.reader.indexes for entry in index.rejected]
         if rejected:
             total = len(rejected) + len(self.reader)
             _log.warning("%d of %d samples left out, first: %s (%s)", len(rejected), total, *rejected[0])
-        if len(self.reader) < self.options.stride:
+        if self.samples_per_epoch < self.options.stride:
             raise UserError(
-                f"the shards hold {len(self.reader)} usable samples, fewer than one step of "
+                f"the shards hold {self.samples_per_epoch} usable samples, fewer than one step of "
                 f"{self.options.stride}; use a smaller batch size or more shards"
             )
 
     @property
     def samples_per_epoch(self) -> int:
-        """Usable samples in all shards, over all ranks."""
-        return len(self.reader)
+        """Usable samples in all shards, over all ranks; with weights, what an epoch shows of them."""
+        return self._maker.epoch_length
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches of this rank in one epoch."""
-        return len(self.reader) // self.options.stride
+        return self.samples_per_epoch // self.options.stride
 
     @property
     def bad_samples(self) -> int:
@@ -113,7 +141,8 @@ class TrainLoader:
         """Where the samples of the last batch handed out lie, for messages."""
         position = self._position - self.options.stride
         # a maker of its own: the background thread uses the other one
-        samples = BatchMaker(self.reader, self.options).samples_at(position) if position >= 0 else []
+        maker = BatchMaker(self.reader, self.options, self._maker.sources)
+        samples = maker.samples_at(position) if position >= 0 else []
         return [self.reader.name(sample) for sample in self.reader.usable(np.asarray(samples, np.int64))]
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,6 +153,8 @@ class TrainLoader:
             "seed": self.options.seed,
             "samples": len(self.reader),
             "fingerprint": self.reader.fingerprint,
+            "weights": self.weights,
+            "window": self.reader.window,
             "quarantined": self.reader.quarantined,
         }
 
@@ -142,6 +173,15 @@ class TrainLoader:
             raise UserError(
                 f"the shards are not those of the saved run ({state['samples']} samples then, "
                 f"{len(self.reader)} now); use the same shards or start anew"
+            )
+        if state.get("weights", []) != self.weights:
+            raise UserError(
+                f"the saved run has data weights {state.get('weights')}, this one {self.weights}; "
+                "use the same or start anew"
+            )
+        if state.get("window") != self.reader.window:
+            raise UserError(
+                "the saved run has another --shard-cache-gb, which its order depends on; use the same"
             )
         self._position = int(state["position"])
         for sample in state["quarantined"]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import resource
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data.index import read_indexes
+from groupvit_fast.data.remote import MissingShard, ShardCache, is_remote
 from groupvit_fast.data.scan import MAX_CAPTION_BYTES, ShardIndex
+
+_log = logging.getLogger("groupvit_fast")
+_DOWNLOADS = 4  # at a time
 
 
 class SampleReader:
@@ -22,10 +30,29 @@ class SampleReader:
 
     Plain reads, not a memory map: a shard that is rewritten meanwhile gives an error instead of killing the
     process. Samples can be quarantined; `usable` then puts the next good one in their place.
+
+    A shard given as a URL is downloaded into `cache`, now and whenever the cache has dropped it. One that
+    does not exist is an error, or left out with a warning if `allow_missing`.
     """
 
-    def __init__(self, shards: Sequence[Path], cache_dir: Path | None = None, quiet: bool = False):
-        self.indexes: list[ShardIndex] = read_indexes(shards, cache_dir, quiet)
+    def __init__(
+        self,
+        shards: Sequence[Path | str],
+        cache_dir: Path | None = None,
+        quiet: bool = False,
+        *,
+        cache: ShardCache | None = None,
+        allow_missing: bool = False,
+    ):
+        self.cache = cache
+        self.indexes: list[ShardIndex] = []
+        self.shards: list[Path | str] = []
+        self.given: list[int] = []  # place of each shard in the list that was given
+        for place, index in enumerate(_indexes(shards, cache_dir, quiet, cache, allow_missing)):
+            if index is not None:
+                self.indexes.append(index)
+                self.shards.append(shards[place])
+                self.given.append(place)
         self.shard_start = np.cumsum([0, *map(len, self.indexes)])
         self.image_offset = self._column("image_offset")
         self.image_size = self._column("image_size")
@@ -44,6 +71,21 @@ class SampleReader:
         return int(self.shard_start[-1])
 
     @cached_property
+    def shard_bytes(self) -> np.ndarray:
+        """Size of each shard's file, int64."""
+        return np.array([index.stamp[1] for index in self.indexes], np.int64)
+
+    @property
+    def window(self) -> int | None:
+        """Bytes of shards that may be needed at the same time, where the cache does not hold them all.
+
+        Half of the cache: the next window arrives while samples of this one are still on their way.
+        """
+        remote = [is_remote(shard) for shard in self.shards]
+        limit = self.cache.limit if self.cache else None
+        return limit // 2 if limit is not None and self.shard_bytes[remote].sum() > limit else None
+
+    @cached_property
     def fingerprint(self) -> str:
         """A short hash that changes when the samples or their order do, but not when the files move."""
         digest = hashlib.sha256()
@@ -53,9 +95,13 @@ class SampleReader:
 
     def name(self, sample: int) -> str:
         """Where a sample lies, for messages: path of the tar, a colon, its key."""
-        shard = self._shard(sample)
+        shard = int(self.shard_of(sample))
         index = self.indexes[shard]
-        return f"{index.tar}:{index.key(sample - int(self.shard_start[shard]))}"
+        return f"{self.shards[shard]}:{index.key(sample - int(self.shard_start[shard]))}"
+
+    def shard_of(self, samples: np.ndarray) -> np.ndarray:
+        """The number of the shard that each sample lies in."""
+        return np.searchsorted(self.shard_start, samples, side="right") - 1
 
     def quarantine(self, sample: int) -> None:
         """Never deliver `sample` again."""
@@ -103,17 +149,13 @@ class SampleReader:
         self, samples: np.ndarray, offset: np.ndarray, size: np.ndarray
     ) -> list[tuple[int, int, int]]:
         """(shard number, offset, size) of one member of each sample."""
-        shards = np.searchsorted(self.shard_start, samples, side="right") - 1
-        columns = (shards, offset[samples], size[samples])
+        columns = (self.shard_of(samples), offset[samples], size[samples])
         return list(zip(*(column.tolist() for column in columns), strict=True))
-
-    def _shard(self, sample: int) -> int:
-        return int(np.searchsorted(self.shard_start, sample, side="right")) - 1
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         data = os.pread(self._handle(shard), size, offset)
         if len(data) != size:
-            raise UserError(f"{self.indexes[shard].tar}: became shorter while it was read; restore the shard")
+            raise UserError(f"{self.shards[shard]}: became shorter while it was read; restore the shard")
         return data
 
     def _handle(self, shard: int) -> int:
@@ -123,6 +165,56 @@ class SampleReader:
             return self._handles[shard]
         if len(self._handles) >= self._max_handles:
             os.close(self._handles.popitem(last=False)[1])
-        handle = os.open(self.indexes[shard].tar, os.O_RDONLY | os.O_CLOEXEC)
+        handle = self._open(shard)
         self._handles[shard] = handle
         return handle
+
+    def _open(self, shard: int) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        if not is_remote(self.shards[shard]):
+            return os.open(self.indexes[shard].tar, flags)
+        while True:  # another process may make room between the download and the opening
+            try:
+                return os.open(self.cache.fetch(self.shards[shard]), flags)
+            except FileNotFoundError:
+                continue
+
+
+def _indexes(
+    shards: Sequence[Path | str],
+    cache_dir: Path | None,
+    quiet: bool,
+    cache: ShardCache | None,
+    allow_missing: bool,
+) -> list[ShardIndex | None]:
+    """The index of each shard, None for one that does not exist; several downloads run at a time."""
+    if not any(map(is_remote, shards)):
+        return read_indexes(shards, cache_dir, quiet)
+    if cache is None:
+        raise UserError(
+            f"{next(filter(is_remote, shards))}: name a folder for remote shards: --shard-cache DIR"
+        )
+
+    def index(shard: Path | str) -> ShardIndex | None:
+        if not is_remote(shard):
+            return read_indexes([shard], cache_dir, quiet=True)[0]
+        try:
+            while True:  # another download may push this one out before it is indexed
+                with contextlib.suppress(FileNotFoundError):
+                    return read_indexes([cache.fetch(shard)], cache_dir, quiet=True)[0]
+        except MissingShard as error:
+            if not allow_missing:
+                raise
+            _log.warning("left out: %s", error)
+            return None
+
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        bar = tqdm(total=len(shards), desc="download", unit="shard", delay=2, disable=True if quiet else None)
+        with bar:
+            found = []
+            for result in pool.map(index, shards):
+                found.append(result)
+                bar.update()
+    if not any(result is not None for result in found):
+        raise UserError("none of the shards exists; check the URLs")
+    return found

@@ -18,12 +18,56 @@ TEXT_DRAW = FLIP_DRAW + 1
 _ORDER_STREAM = 1
 _SAMPLE_STREAM = 2
 _AUGMENT_STREAM = 3
+_SOURCE_SEED, _WINDOW_SEED = 1 << 48, 1 << 60  # far from the seeds that people use
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(num_samples), int64, that depends on (seed, epoch) alone."""
     generator = np.random.Philox(key=[_key(seed), _ORDER_STREAM], counter=[0, 0, epoch, 0])
     return np.argsort(generator.random_raw(num_samples), kind="stable")
+
+
+def weighted_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -> np.ndarray:
+    """The samples of one epoch over several sources, each seen `weight` times on average, shuffled.
+
+    Source s has the numbers sum(sizes[:s]) and on, and gives round(weight * size) of them to each epoch: the
+    next ones of an endless row of its own permutations, so no sample is ever two visits ahead of another.
+    """
+    parts, start = [], 0
+    for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        share = epoch_share(size, weight)
+        turns = np.arange(epoch * share, (epoch + 1) * share)
+        row = np.empty(share, np.int64)
+        for turn in range(int(turns[0] // size), int(turns[-1] // size) + 1) if share else ():
+            mine = turns // size == turn
+            row[mine] = epoch_order(size, seed + _SOURCE_SEED * (source + 1), turn)[turns[mine] % size]
+        parts.append(start + row)
+        start += size
+    pool = np.concatenate(parts)
+    return pool[epoch_order(len(pool), seed, epoch)]
+
+
+def epoch_share(size: int, weight: float) -> int:
+    """How many samples a source of `size` gives to an epoch."""
+    return round(weight * size)
+
+
+def window_order(
+    order: np.ndarray, shards: np.ndarray, shard_bytes: np.ndarray, most: int, seed: int, epoch: int
+) -> np.ndarray:
+    """`order` rearranged so that it needs few shards at a time: windows of at most `most` bytes of shards.
+
+    `shards` [len(order)] is the shard of each sample of `order`. Which shards share a window is drawn anew in
+    each epoch; inside a window the order stays that of `order`.
+    """
+    turn = epoch_order(len(shard_bytes), seed + _WINDOW_SEED, epoch)
+    window, filled, number = np.zeros(len(shard_bytes), np.int64), 0, 0
+    for shard in turn:
+        if filled and filled + shard_bytes[shard] > most:
+            number, filled = number + 1, 0
+        window[shard] = number
+        filled += shard_bytes[shard]
+    return order[np.argsort(window[shards], kind="stable")]
 
 
 def draws(seed: int, first: int, count: int) -> np.ndarray:

@@ -32,8 +32,16 @@ class TrainConfig:
     model: dict = option({}, "change the model, for example image.tau=0.5 (repeatable)", metavar="KEY=VALUE")
 
     data: list[str] = option(
-        [], "webdataset shards: a path, folder or brace pattern (repeatable)", metavar="SHARDS"
+        [],
+        "webdataset shards: paths, folders, brace patterns, http(s):// or s3:// URLs, pipe:COMMANDs",
+        metavar="SHARDS",
     )
+    data_weights: list[float] = option(
+        [], "how often an epoch shows each sample, one number for each --data (default: once)", metavar="X"
+    )
+    allow_missing: bool = option(False, "go on without shards that do not exist")
+    shard_cache: Path | None = option(None, "folder that remote shards are downloaded into", metavar="DIR")
+    shard_cache_gb: float | None = option(None, "most gigabytes of shards to keep there (default: no limit)")
     data_root: Path | None = option(
         None, "where the built-in shapes dataset is kept (default: user cache)", metavar="DIR"
     )
@@ -166,6 +174,7 @@ class TrainConfig:
             "save_every_minutes",
             "workers",
             "lr_batch",
+            "shard_cache_gb",
             "seed_sweep",
         ):
             _require(getattr(self, name) is None or getattr(self, name) > 0, self, name, "more than 0")

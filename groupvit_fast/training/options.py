@@ -150,7 +150,8 @@ def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None
     if kind is bool:
         group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
         return
-    repeatable = {"action": "append"} if kind in (list, dict) else {}
+    # "--data a b" and "--data a --data b" are the same
+    repeatable = {list: {"action": "extend", "nargs": "+"}, dict: {"action": "append"}}.get(kind, {})
     metavar = metadata["metavar"] or {int: "N", float: "X"}.get(kind, "NAME")
     if metadata["choices"]:
         metavar = "|".join(metadata["choices"])
@@ -184,13 +185,20 @@ def _convert(name: str, value: Any, origin: str) -> Any:
         elif kind is float:
             converted = _fail() if isinstance(value, bool) else float(value)
         elif kind is list:
-            converted = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+            (item_type,) = typing.get_args(TYPES[name])
+            converted = [item_type(item) for item in (value if isinstance(value, list) else [value])]
         elif kind is dict:
             converted = _settings(value)
         else:
             converted = kind(value) if isinstance(value, (str, int, Path)) else _fail()
     except (TypeError, ValueError):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", dict: "KEY=VALUE"}
+        wanted = {
+            list: "a list of numbers",
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            dict: "KEY=VALUE",
+        }
         raise UserError(f"{where}: {value!r} is not {wanted.get(kind, 'a text')}") from None
     if choices and converted not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)

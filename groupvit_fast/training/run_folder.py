@@ -14,6 +14,7 @@ from groupvit_fast.console import UserError
 from groupvit_fast.training import checkpoint, distributed, options
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import World
+from groupvit_fast.training.sources import absolute
 
 
 def saved_options(given: argparse.Namespace) -> dict[str, Any] | None:
@@ -42,8 +43,8 @@ def run_of(place: Path) -> Path:
 
 def as_saved(config: TrainConfig, dtype: str) -> TrainConfig:
     """The options to continue or repeat the run with, from any folder."""
-    data = ["::".join(os.path.abspath(part) for part in spec.split("::")) for spec in config.data]
-    paths = {name: getattr(config, name) for name in ("data_root", "json")}
+    data = [absolute(spec) for spec in config.data]
+    paths = {name: getattr(config, name) for name in ("data_root", "json", "shard_cache")}
     paths = {name: path and path.absolute() for name, path in paths.items()}
     held_out = [_absolute(place) for place in config.eval_data]
     changed = {"data": data, "eval_data": held_out, "amp_dtype": dtype, "seed_sweep": None}

@@ -13,15 +13,22 @@ from groupvit_fast.console import UserError
 from groupvit_fast.data import shapes
 from groupvit_fast.data.augment import Augmentation, RandAugment
 from groupvit_fast.data.pipeline import TrainLoader
+from groupvit_fast.data.remote import ShardCache, is_remote
 from groupvit_fast.model.presets import ModelConfig
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import World, barrier
 
 
 def open_loader(
-    config: TrainConfig, model: ModelConfig, shards: list[str], world: World, device: str
+    config: TrainConfig,
+    model: ModelConfig,
+    shards: list[str],
+    world: World,
+    device: str,
+    output: Path | None = None,
 ) -> TrainLoader:
-    """The loader of one process of a run."""
+    """The loader of one process of a run; samples that turn out broken are listed in the folder `output`."""
+    limit = None if config.shard_cache_gb is None else int(config.shard_cache_gb * 1e9)
     return TrainLoader(
         shards,
         batch_size=config.batch_size,
@@ -39,8 +46,17 @@ def open_loader(
         min_crop=config.min_crop,
         flip=config.flip,
         augment=augmentation(config),
+        weights=config.data_weights or None,
+        allow_missing=config.allow_missing,
+        shard_cache=ShardCache(config.shard_cache, limit) if config.shard_cache else None,
+        quarantine_file=output / "quarantine.txt" if output else None,
         quiet=config.quiet or not world.is_main,
     )
+
+
+def absolute(spec: str) -> str:
+    """A `--data` that names the same shards from any folder."""
+    return "::".join(part if is_remote(part) else os.path.abspath(part) for part in spec.split("::"))
 
 
 def augmentation(config: TrainConfig) -> Augmentation:

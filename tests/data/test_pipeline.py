@@ -162,6 +162,17 @@ def test_undecodable_image_is_replaced_named_and_counted(make_shards, sample_num
     assert all(torch.isfinite(batch.images).all() for batch in taken)
 
 
+def test_quarantined_samples_are_listed_once_by_all_ranks(make_shards, tmp_path):
+    shards, file = make_shards(45, hollow=[7, 30]), tmp_path / "run" / "quarantine.txt"
+    for rank in (0, 1):
+        loader = make_loader(shards, rank=rank, world_size=2, quarantine_file=file)
+        assert not file.exists() or rank == 1, "a clean run leaves no file"
+        take(loader, 6)
+        assert loader.bad_samples == 2
+    lines = file.read_text().splitlines()
+    assert sorted(lines) == [f"{shards[0]}:000000007", f"{shards[1]}:000000030"]
+
+
 def test_undecodable_image_changes_nothing_else(make_shards, sample_numbers):
     good = take(make_loader(make_shards(45)), 6)
     bad = take(make_loader(make_shards(45, folder="bad", hollow=[7])), 6)
