@@ -23,15 +23,20 @@ from groupvit_fast.training.distributed import from_main, on_main
 if TYPE_CHECKING:
     from groupvit_fast.training.trainer import Batch, Trainer
 
+PIXELS, OUTPUT, LOSS, GRADIENT = range(4)
 PARTS = ("the loss", "the contrastive loss", "the multi-label loss")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The first thing of a step that was not finite on one process: `place` in words, None if all is well."""
+    """The first thing of a step that was not finite on one process: `place` in words, None if all is well.
+
+    `order` says how early in a step that is: pixels, outputs of modules, losses, gradients.
+    """
 
     rank: int
     place: str | None
+    order: int = 0
     samples: tuple[str, ...] = ()
     bundle: str | None = None
 
@@ -58,46 +63,52 @@ def diagnose(trainer: Trainer) -> list[Finding]:
     """Repeat the last step on every process; the findings, in order of rank, reach all of them."""
     finding = find(trainer, trainer.last_batch)
     everyone = from_main(on_main(finding))
-    culprits = [one.rank for one in everyone if one.place] or [0]
+    culprits = [one.rank for one in earliest(everyone)] or [0]
     if trainer.world.rank in culprits:
         finding = dataclasses.replace(finding, bundle=str(save_bundle(trainer)))
     return from_main(on_main(finding))
 
 
+def earliest(findings: list[Finding]) -> list[Finding]:
+    """Those that came first in the step: what other processes found later is their consequence."""
+    bad = [one for one in findings if one.place]
+    return [one for one in bad if one.order == min(other.order for other in bad)]
+
+
 def find(trainer: Trainer, batch: Batch) -> Finding:
     """Look for the first number that is not finite: pixels, then modules, loss parts and gradients in turn.
 
-    The gradients are those of this process alone, before they are averaged.
+    Every process goes all the way, because losses wait for each other. The gradients are those of this
+    process alone, before they are averaged.
     """
-    rank = trainer.world.rank
+    rank, names = trainer.world.rank, trainer.loader.sample_names()
     rows = (~batch.images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-    names = trainer.loader.sample_names()
-    if rows:
-        chosen = tuple(names[row] if row < len(names) else f"row {row}" for row in rows)
-        return Finding(rank, f"the pixels of sample {chosen[0]}", chosen)
     trainer.model.zero_grad(set_to_none=True)
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
     with _watched(trainer.model) as seen:
         losses = trainer.forward_pass(batch, trainer.model, trainer.step - 1)[0]
         for part, value in zip(reversed(PARTS), reversed(losses), strict=True):
-            seen(value, part)
-        if not seen.places:
-            losses[0].backward()
+            seen(value, part, LOSS)
+        losses[0].backward()
     for buffer, before in buffers:
         buffer.copy_(before)
-    return Finding(rank, seen.places[0] if seen.places else None, tuple(names))
+    if rows:
+        chosen = tuple(names[row] if row < len(names) else f"row {row}" for row in rows)
+        return Finding(rank, f"the pixels of sample {chosen[0]}", PIXELS, chosen)
+    place, order = seen.places[0] if seen.places else (None, 0)
+    return Finding(rank, place, order, tuple(names))
 
 
 class _Seen:
     def __init__(self) -> None:
-        self.places: list[str] = []
+        self.places: list[tuple[str, int]] = []
 
-    def __call__(self, value: Any, place: str) -> None:
+    def __call__(self, value: Any, place: str, order: int) -> None:
         """Note the place if `value`, or a tensor in it, has a number that is not finite."""
         values = value if isinstance(value, (tuple, list)) else [value]
         for one in values:
             if isinstance(one, Tensor) and one.is_floating_point() and not one.isfinite().all():
-                self.places.append(place)
+                self.places.append((place, order))
 
 
 @contextmanager
@@ -106,10 +117,10 @@ def _watched(model: nn.Module) -> Iterator[_Seen]:
     seen = _Seen()
 
     def output_of(name: str) -> Callable[..., None]:
-        return lambda module, arguments, output: seen(output, f"the output of {name}")
+        return lambda module, arguments, output: seen(output, f"the output of {name}", OUTPUT)
 
     def gradient_of(name: str) -> Callable[[Tensor], None]:
-        return lambda parameter: seen(parameter.grad, f"the gradient of {name}")
+        return lambda parameter: seen(parameter.grad, f"the gradient of {name}", GRADIENT)
 
     handles = [
         module.register_forward_hook(output_of(name)) for name, module in model.named_modules() if name
@@ -151,7 +162,7 @@ def save_bundle(trainer: Trainer) -> Path:
 
 
 def _message(trainer: Trainer, in_a_row: int, findings: list[Finding]) -> str:
-    bad = [finding for finding in findings if finding.place]
+    bad = earliest(findings)
     if bad:
         where = "; ".join(
             f"first in {one.place}" + (f" on rank {one.rank}" if trainer.world.size > 1 else "")

@@ -89,7 +89,7 @@ class Recovery:
             snapshot, best = self._snapshot(ranks), self.best_step()
             keep = trainer.config.keep_checkpoints
             self.work.start(lambda: checkpoint.save(self.root, snapshot, keep=keep, best=best))
-            self.checkpoint = checkpoint.step_folder(self.root, trainer.step)
+        self.checkpoint = checkpoint.step_folder(self.root, trainer.step)
         self.saved_step = trainer.step
 
     def best_step(self) -> int | None:

@@ -140,11 +140,10 @@ def _charts(records: list[dict[str, Any]], evaluations: dict[int, dict[str, Any]
             ),
             chart("Learning rate", [line("lr", "rate")], zero=True),
             chart("Pairs a second", [line("images_per_s", "all processes")], zero=True),
-            chart(
-                "Share of time and arithmetic",
-                [line("data_wait", "waiting for data", 100), line("mfu", "MFU", 100)], zero=True, unit=" %",
-            ),
+            chart("Waiting for data", [line("data_wait", "% of the time", 100)], zero=True, unit=" %"),
+            chart("Arithmetic used (MFU)", [line("mfu", "% of what is possible", 100)], zero=True, unit=" %"),
             chart("Memory of a process", [line("memory_gb", "GB")], zero=True, unit=" GB"),
+            chart("Steps skipped so far", [line("bad_steps", "not finite")], zero=True),
         ]
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ class Watchdog:
         if self.seconds and self.world.size > 1:
             if kind is not None and issubclass(kind, RuntimeError):
                 self._failed = True
-                time.sleep(5 * self.interval)  # the threads end the program if they find out
+                time.sleep(3 * self.interval + 5)  # the threads end the program if they find out
             self.at(self.place[0], "done")
             if kind is None:
                 self._beat()
@@ -107,7 +107,7 @@ class Watchdog:
             now, (_, phase) = time.monotonic(), self.place
             patience = 3 * self.interval if self._failed else self.seconds
             if self.verdict:
-                self._leave(self.verdict, speak=False)
+                self._leave("", speak=False)
             if self.signal() and phase in ("data", "step") and now - self.moved > PATIENCE_AFTER_SIGNAL:
                 self._leave(f"stopped {self._where(self.place)} without saving", status=128 + self.signal())
             if self.world.size > 1:
@@ -151,15 +151,18 @@ class Watchdog:
 
     def _accuse(self, text: str) -> NoReturn:
         """Tell the others, unless somebody was faster, and leave."""
+        first = True
         try:
             if self.world.size > 1:
-                text = self._store.compare_set(VERDICT, "", text).decode() or text
+                first = self._store.compare_set(VERDICT, "", text).decode() == text
         finally:
-            self._leave(text)
+            self._leave(text, speak=first)
 
     def _leave(self, text: str, *, status: int = GONE, speak: bool = True) -> NoReturn:
         if speak:
             kept = self.last_checkpoint()
             remedy = f"; the last checkpoint is {kept}, continue with --resume" if kept else ""
             print(f"error: {text}{remedy}", file=sys.stderr, flush=True)
+        if self.world.rank == 0 and self.world.size > 1:
+            time.sleep(3 * self.interval)  # the store may live here: let the others read the verdict
         os._exit(status)
