@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle, islice
+from functools import reduce
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +61,12 @@ class ColourGroups(nn.Module):
         generator = torch.Generator().manual_seed(1)
         self.model, self.config = model, model.config
         self.logit_scale = model.logit_scale
-        first, last = self.config.image.output_groups
-        self.prototypes = nn.Parameter(torch.randn(first, 3, generator=generator) * 4)
-        self.merge = nn.Parameter(torch.randn(last, first, generator=generator) * 4)
-        self.features = nn.Parameter(torch.randn(last, 3, self.config.embed_dim, generator=generator))
+        groups = self.config.image.output_groups
+        self.prototypes = nn.Parameter(torch.randn(groups[0], 3, generator=generator) * 4)
+        self.merges = nn.ParameterList(
+            torch.randn(more, fewer, generator=generator).T * 4 for more, fewer in pairwise(groups)
+        )
+        self.features = nn.Parameter(torch.randn(groups[-1], 3, self.config.embed_dim, generator=generator))
         self.requires_grad_(False)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -78,12 +81,12 @@ class ColourGroups(nn.Module):
     def encode_groups(self, pixels: Tensor) -> GroupEncoding:
         encoding = self.model.encode_groups(pixels)
         colours = F.avg_pool2d(pixels, self.config.image.patch_size).flatten(2)
-        first = torch.einsum("gc,bcl->bgl", self.prototypes, colours).softmax(dim=1)
-        second = self.merge.softmax(dim=0).expand(len(pixels), -1, -1)
-        members = second @ first
+        maps = [torch.einsum("gc,bcl->bgl", self.prototypes, colours).softmax(dim=1)]
+        maps += [merge.softmax(dim=0).expand(len(pixels), -1, -1) for merge in self.merges]
+        members = reduce(lambda below, above: above @ below, maps)
         means = torch.einsum("bgl,bcl->bgc", members, colours) / members.sum(dim=2, keepdim=True)
         groups = torch.einsum("bgc,gcd->bgd", means, self.features)
-        return GroupEncoding(groups, groups.mean(dim=1), (first, second), encoding.grid)
+        return GroupEncoding(groups, groups.mean(dim=1), tuple(maps), encoding.grid)
 
 
 class Replay(nn.Module):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from groupvit_fast.model import create_model
 from groupvit_fast.segmentation import decode, protocol, segment_image
 from groupvit_fast.segmentation.batch import segment_batch
 from groupvit_fast.segmentation.decode import Taps, territories
@@ -173,3 +174,37 @@ def test_bilinear_taps_match_interpolate():
         )
         mixed = values[taps.first] * (1 - taps.weight) + values[taps.second] * taps.weight
         torch.testing.assert_close(mixed, expected[0, 0])
+
+
+@pytest.mark.parametrize("rule", ["capped", "probability"])
+def test_a_real_encoder_in_batches(tools, rule):
+    """Windows of several images at once round differently than one by one; the labels stay.
+
+    Random weights give groups that nearly tie; a sharper assignment has the margins of a trained one.
+    """
+    model = create_model("tiny", seed=3).eval()
+    with torch.no_grad():
+        for stage in model.image_encoder.stages[:-1]:
+            stage.grouping.assignment.query.weight *= 40
+            stage.grouping.assignment.key.weight *= 40
+        model.image_projector.out.weight *= 40
+    chosen = tools.replace(protocol("official"), crop=64, stride=32, short_side=64, **RULES[rule])
+    text = encode_classes(model, chosen.entries([f"thing {k}" for k in range(12)]), chosen.templates)
+    text = text._replace(embeddings=random_directions(text.embeddings.shape))
+    rng = np.random.default_rng(7)
+    images = [torch.tensor(tools.blobs(*size, rng)) for size in [(64, 64), (90, 70), (75, 100), (60, 150)]]
+    pixels = different = 0
+    labels = set()
+    for image, result in zip(images, segment_batch(model, images, text, chosen), strict=True):
+        expected = segment_image(model, image, text, chosen)
+        pixels += expected.numel()
+        different += (expected != result.labels).sum().item()
+        labels |= set(expected.unique().tolist())
+        assert len(result.groups.unique()) > 4
+    assert len(labels) > 2
+    assert different <= 1e-4 * pixels
+
+
+def random_directions(shape) -> torch.Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(values, dim=-1)
