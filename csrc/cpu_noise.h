@@ -30,12 +30,12 @@ struct KeySchedule {
     }
 };
 
-// kLanes<uint64_t> consecutive calls of philox4x32 (kernels/philox.cuh), one a lane, to word[0..3][first ..].
+// kLanes<uint64_t> calls of philox4x32 (kernels/philox.cuh), `step` apart, one a lane, to word[0..3][first ..].
 // The words live in the lower halves of the lanes, so that a product needs no masking.
-GVIT_INLINE void draw_words(const KeySchedule& keys, uint64_t offset, uint64_t call, uint32_t (*word)[kCalls],
-                            int first) {
+GVIT_INLINE void draw_words(const KeySchedule& keys, uint64_t offset, uint64_t call, uint64_t step,
+                            uint32_t (*word)[kCalls], int first) {
     using Words = Vector<uint64_t>;
-    Words c0 = reinterpret<Words>(lane_numbers<uint64_t>()) + call;
+    Words c0 = reinterpret<Words>(lane_numbers<uint64_t>()) * step + call;
     Words c1 = c0 >> 32, c2 = fill<uint64_t>(offset), c3 = fill<uint64_t>(offset >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const Words product0 = multiply_low_words(c0, kPhiloxMultiplier0);
@@ -61,6 +61,24 @@ GVIT_INLINE Vector<float> gumbel_of_words(const uint32_t* word) {
     return -logarithm(-logarithm(uniform));
 }
 
+// The noise of one token, whose first Philox call is `call`: the calls of its groups go side by side. Where tokens
+// are few, the calls of consecutive tokens would leave most lanes idle.
+inline void draw_noise_of_token(const KeySchedule& keys, uint64_t offset, uint64_t call, index_t all_tokens,
+                                index_t quads, float* out) {
+    constexpr int lanes = kLanes<float>;
+    alignas(64) uint32_t word[4][kCalls];
+    alignas(64) float noise[lanes];
+    for (index_t quad = 0; quad < quads; quad += lanes) {
+        const int count = static_cast<int>(smaller<index_t>(lanes, quads - quad));
+        for (int i = 0; i < count; i += kLanes<uint64_t>)
+            draw_words(keys, offset, call + (quad + i) * all_tokens, all_tokens, word, i);
+        for (int j = 0; j < 4; ++j) {
+            store(noise, gumbel_of_words(word[j]));
+            for (int i = 0; i < count; ++i) out[4 * (quad + i) + j] = noise[i];
+        }
+    }
+}
+
 // Writes the noise of tokens first_token .. + tokens of a sample to out[token][group]; a row of out holds whole
 // vectors, of which only the lanes of real groups mean anything.
 inline void draw_noise(uint64_t key, uint64_t offset, index_t sample, index_t groups, index_t all_tokens,
@@ -68,6 +86,13 @@ inline void draw_noise(uint64_t key, uint64_t offset, index_t sample, index_t gr
     constexpr int lanes = kLanes<float>;
     const KeySchedule keys(key);
     const index_t quads = ceil_div<index_t>(groups, 4);
+    constexpr index_t kFew = 4;
+    if (tokens <= kFew) {
+        for (index_t t = 0; t < tokens; ++t)
+            draw_noise_of_token(keys, offset, sample * quads * all_tokens + first_token + t, all_tokens, quads,
+                                out + t * out_row);
+        return;
+    }
     alignas(64) uint32_t word[4][kCalls];
     alignas(64) float noise[lanes][kCalls] = {};
     for (index_t group = 0; group < groups; group += lanes) {
@@ -77,7 +102,7 @@ inline void draw_noise(uint64_t key, uint64_t offset, index_t sample, index_t gr
             for (index_t quad = group / 4; quad < smaller(quads, (group + lanes) / 4); ++quad) {
                 const uint64_t call = (sample * quads + quad) * all_tokens + first_token + token;
                 float (*rows)[kCalls] = noise + (4 * quad - group);
-                for (int i = 0; i < whole; i += kLanes<uint64_t>) draw_words(keys, offset, call + i, word, i);
+                for (int i = 0; i < whole; i += kLanes<uint64_t>) draw_words(keys, offset, call + i, 1, word, i);
                 for (int j = 0; j < smaller<index_t>(4, groups - 4 * quad); ++j)
                     for (int i = 0; i < whole; i += lanes) store(&rows[j][i], gumbel_of_words(&word[j][i]));
             }

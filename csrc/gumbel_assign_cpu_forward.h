@@ -58,9 +58,20 @@ class AssignForward : AssignTile<S> {
     }
 
   private:
+    // The softmax of a single group is 1, or NaN where the logit is not finite.
+    GVIT_INLINE index_t assign_to_only_group(index_t token) {
+        const T z = this->tempered(token, 0)[0];
+        maxima[token] = z;
+        totals[token] = 1 + (z - z);
+        if (!p.hard) soft[token * groups_row] = totals[token];
+        improper |= z - z != 0;
+        return 0;
+    }
+
     // Softmax over groups of one token: returns its winner, fills its row of `soft`.
     GVIT_INLINE index_t assign(index_t token) {
         constexpr int lanes = kLanes<T>;
+        if (p.groups == 1) return assign_to_only_group(token);
         T* row = logits + token * groups_row;
         T* soft_row = soft + token * groups_row;
         Vector<T> largest = fill(-std::numeric_limits<T>::infinity());
