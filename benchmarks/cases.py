@@ -181,7 +181,9 @@ def decode_case(
         return ops.decode_masks(maps, scores, size, background_threshold=threshold)
 
     def check() -> None:
-        differing = (ours() != wanted).double().mean().item()
+        """In float32, as ours computes: rounded to bf16, the two best groups of many pixels are equal."""
+        exact = eager.lean_decode(maps.float(), scores.float(), size, threshold)
+        differing = (ours() != exact).double().mean().item()
         if differing > 1e-4:
             raise UserError(f"decode_masks: {differing:.2%} of the labels differ")
 

@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--full", action="store_true", help="448 px shapes and torch.compile as well")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain code")
-    parser.add_argument("--sweep", action="store_true", help="gumbel_assign over many shapes instead")
+    parser.add_argument("--sweep", action="store_true", help="two operators over many shapes instead")
     parser.add_argument("--only", metavar="NAME", help="only the operators whose name contains NAME")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per row (default: 1)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     print(one_line(describe(device)))
     if arguments.sweep:
-        return sweep.run(device, dtype, arguments.json, arguments.clock)
+        return sweep.run(device, dtype, arguments.only, arguments.json, arguments.clock)
     bandwidth = stopwatch.copy_bandwidth(device)
     bandwidth_text = f"copy bandwidth {bandwidth / 1e9:.1f} GB/s"
     print(f"{bandwidth_text}; {dtype}; medians of interleaved calls, {arguments.clock} clock")

@@ -19,6 +19,7 @@ import cases
 import kernel_bench
 import sdpa
 import stopwatch
+import sweep
 
 pytestmark = pytest.mark.skipif(not library.HAS_CPU, reason="nothing was compiled")
 
@@ -97,3 +98,25 @@ def test_what_was_timed_before_an_end_is_kept(monkeypatch, tmp_path):
     assert run_command(kernel_bench.main, ["--device", "cpu", "--seconds", "0", "--json", str(path)]) == 1
     names = {row["name"].split()[0] for row in json.loads(path.read_text())["rows"]}
     assert names == {"group_attention", "gumbel_assign"}
+
+
+@pytest.mark.parametrize(("eager", "status"), [(2.0, 0), (0.5, 1)])
+def test_the_sweep_tells_where_an_operator_loses(eager, status, monkeypatch, tmp_path, capsys):
+    sizes = {"GROUPS": (2, 5), "TOKENS": (3,), "CHANNELS": (32,), "WORK": 1 << 10}
+    for name, value in sizes.items():
+        monkeypatch.setattr(sweep, name, value)
+
+    def timed(candidates, device, **settings):
+        milliseconds = {name: eager if name == "eager" else 1.0 for name in candidates}
+        return {name: stopwatch.Timing(ms, ms, ms, 1) for name, ms in milliseconds.items()}
+
+    monkeypatch.setattr(stopwatch, "interleaved", timed)
+    path = tmp_path / "sweep.json"
+    assert run_command(kernel_bench.main, ["--device", "cpu", "--sweep", "--json", str(path)]) == status
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["contender"] == "eager"]
+    assert [row["name"].partition(" ")[0] for row in rows] == (
+        ["gumbel_assign"] * 2 + ["group_attention"] * 2
+    ) * 2
+    assert all(row["ratio"] == eager for row in rows)
+    table = capsys.readouterr().out
+    assert table.count(f"4 timings, median gain {eager:.2f}, {4 * status} slower than plain PyTorch") == 2
