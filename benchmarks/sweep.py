@@ -41,7 +41,7 @@ def makers(device: str, dtype: torch.dtype, only: str | None) -> list[Callable[[
 
 
 def rows_of(case: Case, device: str, clock: str) -> Iterator[Row]:
-    """Check one case and time both passes; a gain below 1 is measured again, longer, before it is believed."""
+    """Check one case and time both passes; a loss is measured again, longer, before it is believed."""
     case.check()
     for name in ("forward", "forward+backward"):
         both = name != "forward"
