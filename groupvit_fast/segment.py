@@ -188,8 +188,6 @@ class Segmenter:
 
     def segment(self, path: Path, output: Path, modes: Sequence[str], *, page: bool) -> tuple[dict, dict]:
         """Write the files of one photo; return its result and, for a page, what the viewer needs of it."""
-        import torch
-
         from groupvit_fast.data.images import read_image
 
         image = read_image(path)
@@ -197,7 +195,9 @@ class Segmenter:
             return self._segment(path, image, output, modes, page)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
             size = f"{image.shape[1]} x {image.shape[0]} pixels"
             raise UserError(f"{path}: not enough memory for {size}; make the image smaller") from None
 

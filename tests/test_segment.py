@@ -11,7 +11,7 @@ from PIL import Image
 from groupvit_fast.console import run_command
 from groupvit_fast.model import create_model, load_model
 from groupvit_fast.segment import main
-from groupvit_fast.segmentation import protocol, segment_image
+from groupvit_fast.segmentation import explore, modes, protocol, segment_image
 from groupvit_fast.segmentation.modes import MODES
 from groupvit_fast.segmentation.prompts import encode_classes
 
@@ -159,6 +159,28 @@ def test_every_picture(checkpoint, photo, tmp_path, capsys):
     assert list(result["pictures"]) == list(MODES)
     assert all(Path(file).exists() for file in result["pictures"].values())
     assert "and 9 more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fault", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")]
+)
+def test_a_photo_too_large_for_the_memory(checkpoint, photo, tmp_path, capsys, monkeypatch, fault):
+    other = tmp_path / "other.jpg"
+    other.write_bytes(photo.read_bytes())
+    faults = [fault]
+    monkeypatch.setattr(
+        modes, "encode_photo", lambda *words: raise_once(faults) or explore.encode_photo(*words)
+    )
+    assert run(checkpoint, photo, other, "--classes", "dog, cat", "--output", tmp_path / "out") == 1
+    assert capsys.readouterr().err == (
+        f"error: {photo}: not enough memory for 140 x 100 pixels; make the image smaller\n"
+    )
+    assert (tmp_path / "out/other.json").exists()
+
+
+def raise_once(faults):
+    if faults:
+        raise faults.pop()
 
 
 def test_a_page_of_photos(checkpoint, photo, tmp_path, capsys):

@@ -28,8 +28,11 @@ def room(tools) -> Studio:
     return Studio(tools.FakeModel(), chosen, name="fake")
 
 
-@pytest.mark.parametrize("background", [None, 0.3])
-def test_labels_are_those_of_the_reference(tools, room, background):
+@pytest.mark.parametrize("name", ["official", "tcl", "sclip"])
+@pytest.mark.parametrize("background", [None, 0.1])
+def test_labels_are_those_of_the_reference(tools, name, background):
+    chosen = tools.replace(protocol(name), short_side=32, crop=32, stride=16)
+    room = Studio(tools.FakeModel(), chosen, name="fake")
     data, entries = png(tools), ["sky", "sea|ocean", "sand", "boat"]
     part = room.segment(room.add_photo(data)["id"], ", ".join(entries), background)
     chosen = room.resolved(background)
