@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,9 +144,12 @@ def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path):
     results = []
     for name in ("lived", "killed"):
         run = tmp_path / name
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
         torchrun = [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2",
-            "--master-addr", "127.0.0.1", "--master-port", "0", "-m", "groupvit_fast.train",
+            "--master-addr", "127.0.0.1", "--master-port", port, "-m", "groupvit_fast.train",
         ]  # fmt: skip
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [*torchrun, *arguments, "--output", str(run), "--resume", "auto"]
