@@ -5,11 +5,10 @@ Values and gradients of both operators in general are in tests/ops, where `host_
 
 from __future__ import annotations
 
-import mmap
-
 import pytest
 import torch
 from error_budget import assert_close
+from far_apart import far_apart
 from host_cuda_backend import (
     available,
     group_attention_backward,
@@ -24,7 +23,6 @@ from groupvit_fast.ops import reference
 
 pytestmark = pytest.mark.skipif(not available(), reason="no host compiler")
 SCALE, TAU, EPS = 0.3, 0.7, 1.0
-MAP_NORESERVE = 0x4000
 NOISE_KEY = torch.tensor([0x123456789ABCDEF, -5])
 
 
@@ -166,17 +164,6 @@ def test_the_way_of_copying_does_not_matter(operator, dtype):
     assert all(t.data_ptr() % 16 != 0 for t in moved)
     for one, other in zip(run(*inputs), run(*moved), strict=True):
         assert torch.equal(one, other)
-
-
-def far_apart(tensor):
-    """The same values with 2^32 elements from one sample to the next; untouched memory costs nothing."""
-    step, size = 2**32, tensor.element_size()
-    room = mmap.mmap(
-        -1, (step * (len(tensor) - 1) + tensor[0].numel()) * size, mmap.MAP_PRIVATE | MAP_NORESERVE
-    )
-    memory = torch.frombuffer(room, dtype=tensor.dtype)
-    moved = memory.as_strided(tensor.shape, (step, *tensor.stride()[1:]))
-    return moved.copy_(tensor)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -259,3 +259,36 @@ def test_any_problem_stays_in_the_budget(shape, dtype, spread, tau, eps, noisy, 
         return  # a tie to within rounding went the other way, so the outputs differ by a token
     torch.manual_seed(1)
     check(backend, shape, options, **given)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    bias=st.integers(1, 20).flatmap(
+        lambda groups: st.lists(
+            st.lists(
+                st.sampled_from([-math.inf, math.inf, math.nan, -1e4, 0.0, 1.0, 1e4]),
+                min_size=groups,
+                max_size=groups,
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    tokens=st.integers(1, 70),
+    hard=st.booleans(),
+)
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.name != "reference"])
+def test_any_mix_of_ties_and_bad_numbers_is_that_of_the_reference(name, bias, tokens, hard):
+    """Logits that are given by the bias, the products being 0; a row of it is a sample."""
+    backend = next(b for b in BACKENDS if b.name == name)
+    bias = torch.tensor(bias)
+    batch, groups = bias.shape
+    query, key = torch.zeros(batch, groups, 8), torch.zeros(batch, tokens, 8)
+    value = torch.arange(tokens).float().view(1, tokens, 1).expand(batch, -1, 8)
+    given = {"query": query, "key": key, "value": value, "bias": bias}
+    options = {"scale": 1.0, "tau": 1.0, "eps": 1.0, "hard": hard, "noise_key": None}
+    wanted = reference.gumbel_assign(**given, **options)
+    own = backend.gumbel_assign(**{k: t.to(backend.device) for k, t in given.items()}, **options)
+    assert torch.equal(own.index.cpu(), wanted.index)
+    torch.testing.assert_close(own.output.cpu(), wanted.output, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(own.count.cpu(), wanted.count, rtol=1e-5, atol=1e-5, equal_nan=True)

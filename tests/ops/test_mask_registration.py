@@ -58,6 +58,14 @@ def test_upsample_under_vmap_and_checkpoint(device):
     assert torch.equal(gradient, plain)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_decode_under_vmap(device):
+    maps, scores = random_maps(3, 2, 4, 5, 6, device=device), random_maps(3, 2, 4, 7, device=device)
+    mapped = torch.vmap(lambda m, s: ops.decode_masks(m, s, (9, 7)))(maps, scores)
+    pairs = zip(maps, scores, strict=True)
+    assert torch.equal(mapped, torch.stack([ops.decode_masks(m, s, (9, 7)) for m, s in pairs]))
+
+
 MAPS, SCORES = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 6)
 LABELS, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 8, 8, dtype=torch.int64)
 
