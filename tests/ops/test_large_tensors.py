@@ -1,4 +1,4 @@
-"""More than 2^31 elements, samples far apart, a second GPU: what a 32-bit index or a forgotten device spoils."""
+"""Tensors beyond 2^31 elements, samples far apart, a second GPU: what 32-bit indices or a fixed device spoil."""
 
 from __future__ import annotations
 
