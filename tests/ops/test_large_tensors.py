@@ -1,4 +1,4 @@
-"""Tensors beyond 2^31 elements, samples far apart, a second GPU: what 32-bit indices or a fixed device spoil."""
+"""Tensors beyond 2^31 elements, samples far apart, a second GPU: what 32-bit indices would spoil."""
 
 from __future__ import annotations
 
