@@ -138,7 +138,8 @@ class Run:
     def resume(self, folder: Path | None) -> None:
         """Take over the partial results in `folder`, and keep to this process's share of the rest."""
         if folder is not None:
-            what = self.dataset.class_names, self.protocol.to_dict(), self.precision, self.details
+            where = self.dataset.name, str(self.dataset.root), self.dataset.class_names
+            what = *where, self.protocol.to_dict(), self.precision, self.details
             keys = [item.key for _, item in self.items]
             self.partial = PartialResults(folder, fingerprint(self.model, keys, {"what": what}))
             before = self.partial.load()
@@ -157,7 +158,7 @@ class Run:
         """Segment this process's images and count."""
         done = self.progress
         start = saved = time.perf_counter()
-        before = done.seconds
+        before, known = done.seconds, len(done.done)
         text = encode_protocol_classes(self.model, self.dataset.foreground, self.protocol)
         ahead = min(2 * self.batch_size, MOST_READ_AHEAD)
         pairs = self.usable(read_ahead(self.dataset, self.items, ahead))
@@ -170,7 +171,8 @@ class Run:
             done.done.update(numbers)
             done.seconds = before + time.perf_counter() - start
             if show is not None:
-                show(len(done.done), self.total, metrics.iou(done.tally.counts).nanmean().item())
+                seen = known + (len(done.done) - known) * self.ranks.size
+                show(min(seen, self.total), self.total, metrics.iou(done.tally.counts).nanmean().item())
             if self.partial is not None and time.perf_counter() - saved > SAVE_EVERY:
                 self.partial.save(done, self.ranks.rank)
                 saved = time.perf_counter()

@@ -59,12 +59,25 @@ def class_counts_of_maps(target: Tensor, prediction: Tensor, num_classes: int) -
     """int64 [3, K] of two label maps, without a matrix; the range of the labels is checked as there."""
     if target.shape != prediction.shape:
         raise ValueError(f"label maps differ in size: {list(target.shape)} and {list(prediction.shape)}")
-    counted = target != ignored_label(num_classes)
-    target, prediction = target[counted].long(), prediction[counted].long()
-    _require_range(target, num_classes)
+    only = torch.zeros((), dtype=torch.int64, device=target.device)
+    return counts_by_image(target.flatten(), prediction.flatten(), only, 1, num_classes)[0]
+
+
+def counts_by_image(
+    target: Tensor, prediction: Tensor, image: Tensor, images: int, num_classes: int
+) -> Tensor:
+    """int64 [images, 3, K] of many pixels; `image` tells which image each belongs to."""
+    ignored = target == ignored_label(num_classes)
+    target, prediction = target.long(), prediction.long()
+    _require_range(torch.where(ignored, 0, target), num_classes)
     _require_range(prediction, num_classes)
-    parts = target[target == prediction], target, prediction
-    return torch.stack([torch.bincount(part, minlength=num_classes) for part in parts])
+    # Pixels that do not count go to a class of their own, which is cheaper than picking the others out.
+    none = num_classes
+    hit = torch.where(target == prediction, target, none)
+    parts = [torch.where(ignored, none, part) for part in (hit, target, prediction)]
+    offset = image * (num_classes + 1)
+    counts = [torch.bincount(part + offset, minlength=images * (num_classes + 1)) for part in parts]
+    return torch.stack(counts).view(3, images, num_classes + 1)[..., :num_classes].transpose(0, 1)
 
 
 def class_counts(confusion: Tensor) -> Tensor:

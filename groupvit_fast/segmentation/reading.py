@@ -24,34 +24,35 @@ Read = tuple[int, Item, Pair | UserError]
 def read_ahead(dataset: SegmentationDataset, items: Sequence[tuple[int, Item]], ahead: int) -> Iterator[Read]:
     """Read numbered items in order with a few threads, at most `ahead` beyond the one in use."""
 
-    def read(item: Item) -> Pair | UserError:
+    waiting: dict[int, int] = {}  # pixels of each pair that was read and not yet taken
+
+    def read(number: int, item: Item) -> Pair | UserError:
         try:
-            return dataset.read(item)
+            pair = dataset.read(item)
         except UserError as error:
             return error
+        waiting[number] = pair[1].numel()
+        return pair
 
     pending: deque[tuple[int, Item, Future]] = deque()
     rest = iter(items)
     with ThreadPoolExecutor(READERS) as pool:
         try:
             while True:
-                while len(pending) <= ahead and _waiting_pixels(pending) < PIXELS_AHEAD:
+                while len(pending) <= ahead and sum(list(waiting.values())) < PIXELS_AHEAD:
                     number, item = next(rest, (None, None))
                     if item is None:
                         break
-                    pending.append((number, item, pool.submit(read, item)))
+                    pending.append((number, item, pool.submit(read, number, item)))
                 if not pending:
                     return
                 number, item, future = pending.popleft()
-                yield number, item, future.result()
+                result = future.result()
+                waiting.pop(number, None)
+                yield number, item, result
         finally:
             for *_, future in pending:
                 future.cancel()
-
-
-def _waiting_pixels(pending: deque[tuple[int, Item, Future]]) -> int:
-    results = [future.result() for *_, future in pending if future.done()]
-    return sum(result[1].numel() for result in results if not isinstance(result, UserError))
 
 
 def batches(

@@ -61,15 +61,12 @@ class Tally:
         """Count the images `numbers`; their groups are numbered through, so one pass counts all of them."""
         device = self.counts.device
         targets = [target.to(device) for target in targets]
-        for number, item, target in zip(numbers, segmentations, targets, strict=True):
-            counts = metrics.class_counts_of_maps(target, item.labels, self.num_classes)
-            self.counts += counts
-            if self.by_image is not None:
-                self.by_image[number] = counts.int().cpu()
-            if self.details:
-                self.boundary += boundary.boundary_counts(target, item.labels, self.num_classes)
         flat = torch.cat([target.flatten() for target in targets])
         labels = torch.cat([item.labels.flatten() for item in segmentations])
+        self._add_images(numbers, flat, labels, [target.numel() for target in targets])
+        if self.details:
+            for item, target in zip(segmentations, targets, strict=True):
+                self.boundary += boundary.boundary_counts(target, item.labels, self.num_classes)
         if len(self.confusion):
             for pair in _pieces(flat, labels):
                 self.confusion += metrics.confusion_matrix(*pair, self.num_classes)
@@ -81,6 +78,17 @@ class Tally:
             )
             self.oracle[stage] += metrics.oracle_counts(truth)
         self._add_groups(segmentations, flat, labels, groups)
+
+    def _add_images(self, numbers: Sequence[int], target: Tensor, labels: Tensor, sizes: list[int]) -> None:
+        sizes = torch.tensor(sizes, device=target.device)
+        image = torch.arange(len(numbers), device=target.device).repeat_interleave(sizes)
+        counts = sum(
+            metrics.counts_by_image(*pieces, len(numbers), self.num_classes)
+            for pieces in _pieces(target, labels, image)
+        )
+        self.counts += counts.sum(dim=0)
+        if self.by_image is not None:
+            self.by_image |= dict(zip(numbers, counts.int().cpu(), strict=True))
 
     def _add_groups(
         self, segmentations: Sequence[Segmentation], target: Tensor, labels: Tensor, groups: int
