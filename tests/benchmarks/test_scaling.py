@@ -36,9 +36,9 @@ def rows(power: float):
 
 
 def test_a_curve_worse_than_theory_is_said_and_missed(capsys):
-    scaling._told(rows(1.3))
+    scaling.tell(rows(1.3))
     assert "worse than theory" in capsys.readouterr().out
-    scaling._told(rows(1.1))
+    scaling.tell(rows(1.1))
     assert "worse than theory" not in capsys.readouterr().out
     goal = next(goal for goal in goals.load("cpu") if goal.bench == "scaling")
     assert goals.judge(goal, {"scaling": {"rows": rows(1.3)}}, {}).verdict == "missed"
