@@ -206,6 +206,7 @@ def _report(config: TrainConfig, trainer: Trainer, held_out: HeldOut | None, sec
         write_json(path, result)
     print(f"report: {report_page.write(trainer.output)}")
     print(f"run folder: {trainer.output}  ({seconds / 60:.1f} minutes)")
+    print(f"try it: python -m groupvit_fast.demo {shlex.quote(str(trainer.output))}")
 
 
 if __name__ == "__main__":
