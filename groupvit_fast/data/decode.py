@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from groupvit_fast.data.augment_dali import augmented
 from groupvit_fast.data.images import IMAGENET_MEAN, IMAGENET_STD
 
 _MEAN, _STD = (255 * np.array(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+_MOST_BUFFERS = 8  # more than are on their way to the training step
 
 
 class DecodeInput(NamedTuple):
@@ -113,6 +115,7 @@ class ImageDecoder:
         self._finish = None if on_gpu or native is False else _compiled_finish()
         self._source, self._layers = source, layers
         self._ahead: deque[DecodeInput] = deque()
+        self._buffers = _Buffers()
         self._pipeline = _image_pipeline(
             self._next_input,
             image_size,
@@ -149,11 +152,32 @@ class ImageDecoder:
 
     def _finished(self, crops, item: DecodeInput) -> torch.Tensor:
         """Resize, augment, mirror and normalise decoded crops of any size."""
-        out = torch.empty(len(crops), 3, self.image_size, self.image_size)
+        out = self._buffers.take((len(crops), 3, self.image_size, self.image_size))
         pictures = [np.asarray(crops[number]) for number in range(len(crops))]
         layers = item.layers or Layers.none(len(crops))
-        self._finish(pictures, item.mirror, *layers, _MEAN, _STD, out.numpy(), self.num_threads)
-        return out
+        self._finish(pictures, item.mirror, *layers, _MEAN, _STD, out, self.num_threads)
+        return torch.from_numpy(out)
+
+
+class _Buffers:
+    """Arrays for batches, used again once nobody holds them: fresh memory costs more than filling it.
+
+    A tensor made by `torch.from_numpy`, and every view of it, holds a reference to the array.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """A float32 array of arbitrary content that nobody else has."""
+        for number in range(len(self._arrays)):
+            # two references: the list's and the one that is handed to getrefcount
+            if sys.getrefcount(self._arrays[number]) == 2 and self._arrays[number].shape == shape:
+                return self._arrays[number]
+        array = np.empty(shape, np.float32)
+        if len(self._arrays) < _MOST_BUFFERS:
+            self._arrays.append(array)
+        return array
 
 
 def _compiled_finish() -> Callable[..., None] | None:

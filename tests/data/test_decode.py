@@ -1,4 +1,5 @@
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -110,3 +111,24 @@ def test_threads_are_shared_between_the_ranks_of_a_machine(monkeypatch):
     assert default_threads() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert default_threads() == 1
+
+
+def test_memory_of_a_batch_is_used_again_once_it_is_dropped(noise_image):
+    """A batch that is still held, if only by a view of it, keeps its pixels."""
+    encoded = [np.frombuffer(noise_image(n, 40, 40), np.uint8) for n in range(4)]
+    whole = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32), np.zeros(1, np.int32)
+    images = itertools.cycle(encoded)
+    decoder = ImageDecoder(
+        lambda: DecodeInput([next(images)], *whole),
+        batch_size=1,
+        image_size=16,
+        device=torch.device("cpu"),
+    )
+    held = [decoder.next()[0, 1] for _ in range(4)]
+    before = [view.clone() for view in held]
+    places = {decoder.next().data_ptr() for _ in range(40)}
+    assert len(places) <= 2
+    assert not places & {view.untyped_storage().data_ptr() for view in held}
+    assert all(torch.equal(view, copy) for view, copy in zip(held, before, strict=True))
+    many = [decoder.next() for _ in range(12)]
+    assert len({batch.data_ptr() for batch in many}) == 12
