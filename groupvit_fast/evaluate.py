@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", type=Path, metavar="FILE", help="show an earlier --json result beside this one")
     add("--sweep", action="store_true", help="score many background thresholds instead; needs --split train")
     add("--force", action="store_true", help="--sweep on the very split that is scored")
-    add("--explain", action="store_true", help="print the steps of the protocol and stop")
+    add("--explain", action="store_true", help="print the steps of the protocol (on --dataset) and stop")
     add_protocol_flags(parser)
     add("--background-threshold", type=float, metavar="T", help="score below which is background")
     add("--modes", metavar="LIST", help="with --output: also these pictures of every image, as in segment")
@@ -84,10 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from groupvit_fast.segmentation.modes import parse_modes
-    from groupvit_fast.segmentation.options import protocol_from_flags, require_writable
+    from groupvit_fast.segmentation.options import require_writable
 
     if args.explain:
-        print(protocol_from_flags(args).explain())
+        print(_explanation(args))
         return 0
     _check_arguments(args)
     args.modes = parse_modes(args.modes) if args.modes else []
@@ -103,6 +103,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = _classify if args.dataset == IMAGENET else _segment
         run(args, device, world)
     return 0
+
+
+def _explanation(args: argparse.Namespace) -> str:
+    """The steps of the protocol; with the numbers of a benchmark if --dataset names one."""
+    from groupvit_fast.segmentation.datasets import BENCHMARKS, benchmark_classes
+    from groupvit_fast.segmentation.options import SMALL_MODEL, protocol_from_flags
+    from groupvit_fast.segmentation.prompts import BACKGROUND
+
+    protocol = protocol_from_flags(args)
+    if args.dataset in BENCHMARKS:
+        background = benchmark_classes(args.dataset)[0].lower() == BACKGROUND
+        options = {"background": background, "threshold": args.background_threshold}
+        protocol = protocol.resolve(dataset=args.dataset, image_size=SMALL_MODEL, **options)
+    return protocol.explain()
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

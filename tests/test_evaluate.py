@@ -127,6 +127,39 @@ def test_explain(capsys):
     out = capsys.readouterr().out
     assert "the 3 best classes" in out
     assert "shapes (changed)" in out
+    assert run("--explain", "--protocol", "sclip", "--dataset", "cityscapes") == 0
+    assert "short side 560 px" in capsys.readouterr().out
+    assert run("--explain", "--protocol", "official", "--dataset", "context60") == 0
+    assert "min(0.35, the window's best score)" in capsys.readouterr().out
+    assert run("--explain", "--dataset", "voc20", "--background-threshold", 0.5) == 1
+    assert "has no background class" in one_line(capsys)
+
+
+def test_a_result_is_shown_again_beside_another(checkpoint, root, tmp_path, capsys):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert run(checkpoint, "--root", root, "--json", first) == 0
+    assert run(checkpoint, "--root", root, "--json", second, "--top-k", 2, "--limit", 3, "--details") == 0
+    capsys.readouterr()
+    assert run(second, "--compare", first) == 0
+    out = capsys.readouterr().out
+    assert "not the same measurement: top_k was 5, is 2\n" in out
+    assert "not the same measurement: images was 4, is 3\n" in out
+    assert "near contours" in out
+    assert "short_side" not in out
+    assert run(first, "--compare", first) == 0
+    assert "not the same" not in capsys.readouterr().out
+
+
+def test_class_file_and_precision(checkpoint, root, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("lawn|grass\nbeach\nball\nbox|crate\n")
+    words = ["--class-file", tmp_path / "names.txt", "--precision", "bf16", "--json", tmp_path / "x.json"]
+    assert run(checkpoint, "--root", root, *words) == 0
+    values = json.loads((tmp_path / "x.json").read_text())
+    assert [row["name"] for row in values["per_class"]] == ["lawn", "beach", "ball", "box"]
+    assert values["settings"]["precision"] == "bf16"
+    (tmp_path / "names.txt").write_text("")
+    assert run(checkpoint, "--root", root, *words) == 1
+    assert "class list is empty" in capsys.readouterr().err
 
 
 def one_line(capsys) -> str:

@@ -127,7 +127,8 @@ class Run:
     def new_progress(self, device: torch.device | str) -> Progress:
         stages = len(self.model.config.image.output_groups) if self.details else 1
         classes = len(self.dataset.class_names)
-        return Progress(Tally(classes, stages=stages, images=self.total, device=device))
+        tally = Tally(classes, stages=stages, details=self.details, images=self.total, device=device)
+        return Progress(tally)
 
     def settings(self) -> dict[str, Any]:
         """What the result tells beside protocol and dataset."""

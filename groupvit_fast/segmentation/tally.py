@@ -29,13 +29,19 @@ class Tally:
 
     counts [3, K] and confusion [K, K] (empty with more than 1024 classes): pixels, as in `metrics`;
     oracle [S, 3, K]: the same if each group of a stage had its best class, the final stage last;
-    boundary [3, K]: the same for pixels near borders; only with details, as are the earlier stages.
+    boundary [3, K]: the same for pixels near borders; only with details (else [3, 0]), as are earlier stages.
     scalars: sums by the names in SCALARS; `jaccard` in units of 2^-32.
     image_numbers [n], image_counts [n, 3, K]: `counts` by image.
     """
 
     def __init__(
-        self, num_classes: int, *, stages: int = 1, images: int = 0, device: torch.device | str = "cpu"
+        self,
+        num_classes: int,
+        *,
+        stages: int = 1,
+        details: bool = False,
+        images: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.num_classes = num_classes
         matrix = num_classes if num_classes <= MATRIX_CLASSES else 0
@@ -43,13 +49,13 @@ class Tally:
         self.counts = torch.zeros(3, num_classes, **integers)
         self.confusion = torch.zeros(matrix, matrix, **integers)
         self.oracle = torch.zeros(stages, 3, num_classes, **integers)
-        self.boundary = torch.zeros(3, num_classes, **integers)
+        self.boundary = torch.zeros(3, num_classes if details else 0, **integers)
         self.scalars = dict.fromkeys(SCALARS, 0)
         self.by_image: dict[int, Tensor] | None = {} if images * 3 * num_classes <= IMAGE_COUNTS else None
 
     @property
     def details(self) -> bool:
-        return len(self.oracle) > 1
+        return self.boundary.shape[1] > 0
 
     def add(
         self,
@@ -133,7 +139,8 @@ class Tally:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Tally:
-        tally = cls(tensors["counts"].shape[1], stages=len(tensors["oracle"]), device=device)
+        shape = {"stages": len(tensors["oracle"]), "details": tensors["boundary"].numel() > 0}
+        tally = cls(tensors["counts"].shape[1], **shape, device=device)
         for name in ("counts", "confusion", "oracle", "boundary"):
             getattr(tally, name).copy_(tensors[name])
         tally.scalars = dict(zip(SCALARS, tensors["scalars"].tolist(), strict=True))
