@@ -90,11 +90,15 @@ class AttentionForward : AttentionTile<S> {
 
     void finish() {
         T* lse = this->statistics(p.lse);
+        for (index_t i = 0; i < this->statistics_size(); i += lanes) {
+            const Vector<T> all = load(total + i);
+            store(total + i, 1 / all);
+            store(largest + i, load(largest + i) + (all == all ? logarithm(all) : all));
+        }
         for (index_t s = 0; s < groups; ++s) {
-            const index_t lane = this->lane_of(s);
             if (p.tokens == 0) std::memset(sums[s], 0, depth_row * sizeof(T));
-            if (p.tokens > 0) multiply_row(sums[s], 1 / total[lane]);
-            lse[s] = largest[lane] + std::log(total[lane]);
+            if (p.tokens > 0) multiply_row(sums[s], total[this->lane_of(s)]);
+            lse[s] = largest[this->lane_of(s)];
         }
         write_rows<S>(sums, this->at(p.output, this->first_group), p.output.row, groups, p.depth);
     }

@@ -54,8 +54,8 @@ struct AttentionTile {
           groups_limit(smaller(kGroupTile, params.groups)),
           depth_row(padded<T>(params.depth)),
           layout(layout_of<T>(groups_limit, params.depth)),
-          dots(layout == Layout::rows ||
-               (layout == Layout::columns && by_rows<T>(params.tokens, groups_limit, params.depth))),
+          dots(layout == Layout::rows || ((layout == Layout::columns || params.tokens <= lanes) &&
+                                          by_rows<T>(params.tokens, groups_limit, params.depth))),
           groups_row(layout == Layout::pairs ? lanes / 2 : padded<T>(groups_limit)),
           token_step(layout == Layout::rows ? 1 : groups_row),
           group_step(layout == Layout::rows ? padded<T>(tile) : 1),
