@@ -25,14 +25,17 @@ class FileWindow {
         if (offset >= size_ || count <= 0) return {};
         count = std::min(count, size_ - offset);
         if (offset < start_ || offset + count > start_ + static_cast<int64_t>(held_.size())) {
-            load(offset, std::min(std::max(count, kReadAhead), size_ - offset));
+            const int64_t skipped = offset - start_ - static_cast<int64_t>(held_.size());
+            ahead_ = skipped < kLeast ? std::min(2 * ahead_, kMost) : kLeast;
+            load(offset, std::min(std::max(count, ahead_), size_ - offset));
         }
         return std::string_view(held_).substr(offset - start_, count);
     }
 
   private:
-    // Covers the end of one image, the headers and texts behind it and the start of the next image.
-    static constexpr int64_t kReadAhead = 8192;
+    // The least covers the end of one image, the headers and texts behind it and the start of the next image.
+    // Where the images are so small that little is skipped, one longer read costs less than many.
+    static constexpr int64_t kLeast = 8192, kMost = 65536;
 
     void load(int64_t offset, int64_t count) {
         held_.resize(count);
@@ -50,7 +53,7 @@ class FileWindow {
 
     int handle_;
     int64_t size_;
-    int64_t start_ = 0;
+    int64_t start_ = 0, ahead_ = kLeast;
     std::string held_;
 };
 
