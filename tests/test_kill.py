@@ -149,7 +149,8 @@ def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path):
             port = str(probe.getsockname()[1])
         torchrun = [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2",
-            "--master-addr", "127.0.0.1", "--master-port", port, "-m", "groupvit_fast.train",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
+            "-m", "groupvit_fast.train",
         ]  # fmt: skip
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [*torchrun, *arguments, "--output", str(run), "--resume", "auto"]

@@ -206,6 +206,34 @@ def test_print_config_is_yaml_that_can_be_given_back(tmp_path, capsys):
     assert capsys.readouterr().out == text
 
 
+def test_a_sweep_over_seeds_ends_with_mean_and_spread(data, tmp_path, capsys):
+    root = tmp_path / "sweep"
+    arguments = [*SMALL, *data, "--steps", 2, "--quiet", "--output", root, "--json", tmp_path / "r.json"]
+    assert train(*arguments, "--seed", 7, "--seed-sweep", 2) == 0
+    summary = json.loads((root / "seed_sweep.json").read_text())
+    assert json.loads((tmp_path / "r.json").read_text()) == summary
+    assert summary["seeds"] == [7, 8]
+    losses = [metrics(root / f"seed_{seed}")[-1]["loss"] for seed in (7, 8)]
+    assert [run["loss"] for run in summary["runs"]] == losses
+    assert losses[0] != losses[1]
+    assert summary["loss"]["mean"] == pytest.approx(sum(losses) / 2)
+    assert summary["miou"]["std"] >= 0
+    assert "2 seeds" in capsys.readouterr().out
+    assert train(*SMALL, *data, "--steps", 2, "--seed", 7, "--output", tmp_path / "one") == 0
+    assert weights(tmp_path / "one", 2) == weights(root / "seed_7", 2)
+
+
+def test_the_report_can_be_made_again(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(*SMALL, *data, "--steps", 2, "--output", run) == 0
+    (run / "report.html").unlink()
+    capsys.readouterr()
+    assert train("--report", run) == 0
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    assert "largest group" in (run / "report.html").read_text()
+    assert train("--report", tmp_path / "absent") == 1
+
+
 def test_the_saved_configuration_works_from_any_folder(data, tmp_path, monkeypatch, capsys):
     """Relative paths are made absolute; --config with it repeats the run elsewhere."""
     folder = next(Path(data[1]).glob("shapes-*")) / "train"
@@ -260,6 +288,10 @@ def bad(tmp_path, data):
         (["--eval-data", "{absent}"], "{absent}"),
         (["--eval-protocol", "oficial"], "official"),
         (["--prompt-templates", "nown"], "noun"),
+        (["--report-to", "tensorbord"], "not one of tensorboard, wandb"),
+        (["--profile-steps", "9:3"], "expected FIRST:END"),
+        (["--freeze", "texts"], "no parameter has a name that begins so"),
+        (["--seed-sweep", "0"], "more than 0"),
         (["--batch-size", "97"], "fewer than one step"),
         (["--amp", "--amp-dtype", "fp16"], "needs a GPU"),
         (["--device", "cuda"], "no CUDA device"),

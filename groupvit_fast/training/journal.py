@@ -16,7 +16,7 @@ from groupvit_fast.training.distributed import sum_over_processes
 from groupvit_fast.training.flops import text_flops, training_flops
 from groupvit_fast.training.losses import similarity_scale
 from groupvit_fast.training.metrics import Clock, MetricsFile, ProgressLine, memory_gb, peak_flops
-from groupvit_fast.training.trackers import Trackers
+from groupvit_fast.training.trackers import Trackers, check_names
 
 if TYPE_CHECKING:
     from groupvit_fast.training.trainer import Trainer
@@ -30,6 +30,7 @@ class Journal:
 
     def __init__(self, trainer: Trainer, picture: Callable[[GroupViT, Path], None] | None) -> None:
         self.trainer, self.picture = trainer, picture
+        check_names(trainer.config.report_to)
         self.clock = Clock()
         self.last_record: dict[str, Any] = {}
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
+import random
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from groupvit_fast import console
 from groupvit_fast.console import UserError
 from groupvit_fast.model import load_model
 from groupvit_fast.model.groupvit import create_model
@@ -75,10 +79,12 @@ def test_keeps_the_newest_and_drops_a_future_that_was_left(run):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000250"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "trainer.pt", "SHA256SUMS"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "trainer.pt", "SHA256SUMS", "ema/model.safetensors"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, name, damage):
-    older, newer = save(run / "checkpoints", 100), save(run / "checkpoints", 200)
+    older, newer = save(run / "checkpoints", 100), save(run / "checkpoints", 200, ema=True)
     path = newer / name
     content = path.read_bytes()
     middle = len(content) // 2
@@ -95,6 +101,32 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, name, damage):
         find(newer)
 
 
+def test_the_best_one_stays_and_the_link_leads_to_it(run):
+    for step in (100, 200, 300, 400):
+        save(run / "checkpoints", step, keep=1, best=200 if step >= 200 else None)
+        checkpoint.mark_best(run / "checkpoints", min(step, 200))
+    assert steps(run) == ["step_00000200", "step_00000400"]
+    assert load_model(run / "checkpoints" / "best").config == MODEL
+    assert find(run)[0].name == "step_00000400"
+
+
+def test_a_flipped_byte_anywhere_is_noticed(run):
+    """100 places spread over all files of the newest checkpoint."""
+    older, newer = save(run / "checkpoints", 100), save(run / "checkpoints", 200, ema=True)
+    files = sorted(path for path in newer.rglob("*") if path.is_file())
+    draw = random.Random(1)
+    for number in range(100):
+        path = files[number % len(files)]
+        content = path.read_bytes()
+        place = draw.randrange(len(content))
+        path.write_bytes(
+            content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :]
+        )
+        assert find(run)[0] == older, (path, place)
+        path.write_bytes(content)
+    assert find(run) == (newer, [])
+
+
 def test_nothing_to_find(tmp_path):
     assert find(tmp_path / "absent") == (None, [])
     assert find(tmp_path) == (None, [])
@@ -104,43 +136,93 @@ class Crash(BaseException):
     """The process dies here."""
 
 
-def crash_at(monkeypatch, number):
-    """Let the `number`-th call that changes the disk fail; returns how many calls there were."""
+PIECES = 4
+
+
+class Unbuffered:
+    """A file whose every write goes to the disk at once, in pieces, each of them a chance to fail."""
+
+    def __init__(self, file, fail):
+        self.file, self.fail = file, fail
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, data):
+        size = max(1, -(-len(data) // PIECES))
+        for start in range(0, len(data), size):
+            self.fail("write", lambda piece=data[start : start + size // 2]: self.file.write(piece))
+            self.file.write(data[start : start + size])
+
+    def flush(self):
+        self.file.flush()
+
+    def fileno(self):
+        return self.file.fileno()
+
+
+def fail_at(monkeypatch, number, error):
+    """Let the `number`-th call that changes the disk fail, a write after half of it; returns the count."""
     calls = [0]
 
-    def guard(function):
+    def fail(name, half_done=lambda: None):
+        calls[0] += 1
+        if calls[0] == number:
+            half_done()
+            raise error
+
+    def guard(name, function):
         def guarded(*arguments, **options):
-            calls[0] += 1
-            if calls[0] == number:
-                raise Crash
+            fail(name)
             return function(*arguments, **options)
 
         return guarded
 
-    for name in ("fsync", "replace", "rename", "mkdir", "fdopen"):
-        monkeypatch.setattr(os, name, guard(getattr(os, name)))
+    for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "symlink"):
+        monkeypatch.setattr(os, name, guard(name, getattr(os, name)))
+    monkeypatch.setattr(console, "open", lambda *a: Unbuffered(io.FileIO(a[0], "x"), fail), raising=False)
     return calls
 
 
-def test_a_crash_at_any_system_call_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
+FAULTS = [Crash(), OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [FAULTS[0], *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS[1:])],
+    ids=["crash", "full", "broken"],
+)
+def test_whatever_fails_wherever_a_usable_checkpoint_is_left(tmp_path, monkeypatch, fault):
+    """Each call in turn: the newest or the one before it loads, and the next save cleans up."""
     number, completed = 0, False
+    first = save(tmp_path / "first", 100, ema=True)
     while not completed:
         number += 1
         run = tmp_path / str(number)
-        older = save(run / "checkpoints", 100)
+        older = run / "checkpoints" / first.name
+        shutil.copytree(first, older)
         with monkeypatch.context() as patch:
-            crash_at(patch, number)
+            patch.setattr(os, "fsync", lambda handle: None)  # the slow part; guarded all the same
+            calls = fail_at(patch, number, fault)
             try:
-                save(run / "checkpoints", 200, keep=1)
-                completed = True
-            except Crash:
+                save(run / "checkpoints", 200, keep=1, ema=True)
+                checkpoint.mark_best(run / "checkpoints", 200)
+                completed = calls[0] < number
+            except (Crash, UserError, OSError):
                 pass
         found, warnings = find(run)
         assert found in (older, run / "checkpoints" / "step_00000200")
         assert warnings == []
-        save(run / "checkpoints", 300, keep=1)
-        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000300"]
-    assert number > 15
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda handle: None)
+            save(run / "checkpoints", 300, keep=1)
+        names = {path.name for path in (run / "checkpoints").iterdir()}
+        assert names - {"best", ".best-link"} == {"step_00000300"}
+        shutil.rmtree(run)
+    assert number > 60
 
 
 def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(run, monkeypatch):
