@@ -88,7 +88,7 @@ class DemoServer(ThreadingHTTPServer):
             self.places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exception() if sys.version_info >= (3, 11) else sys.exc_info()[1]
+        error = sys.exc_info()[1]
         if not isinstance(error, OSError):  # a client that went away is no event
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,8 +128,3 @@ def checkpoint(tmp_path_factory):
     )  # fmt: skip
     create_model(config, seed=2).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def python() -> str:
-    return sys.executable
