@@ -56,12 +56,13 @@ def _bench(name: str, seconds: int, *arguments: str, script: str = "") -> Part:
 
 CPU_PARTS = (
     _bench("ceilings", 20),
-    _bench("kernel_bench", 210, "--full"),
-    _bench("train_bench", 220, "--seconds", "15", "--rounds", "3"),
-    _bench("eval_bench", 140, "--images", "16", "--part", "4", "--seconds", "1"),
-    _bench("data_bench", 140),
-    _bench("scaling", 120),
+    _bench("kernel_bench", 170, "--full"),
+    _bench("train_bench", 200, "--seconds", "15", "--rounds", "3"),
+    _bench("eval_bench", 120, "--images", "16", "--part", "4", "--seconds", "1"),
+    _bench("data_bench", 120, "--seconds", "4"),
+    _bench("scaling", 110),
     Part("counts", 50, (PYTHON, "benchmarks/counts.py", "--json", "{json}")),
+    _bench("kernel_sweep", 100, "--sweep", "--clock", "cpu", "--threads", "1", script="kernel_bench"),
 )
 _TESTS = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 _TESTS += ("-n", "8") if find_spec("xdist") else ()
