@@ -35,7 +35,7 @@ from groupvit_fast.console import resolve_device, run_command
 from groupvit_fast.data import sampling, text
 from groupvit_fast.data.augment import Augmentation, Layers, RandAugment
 from groupvit_fast.data.decode import DecodeInput, ImageDecoder, numbered_device, window_fractions
-from groupvit_fast.data.index import read_indexes
+from groupvit_fast.data.index import over_shards, read_indexes
 from groupvit_fast.data.pipeline import TrainLoader
 from groupvit_fast.data.scan import scan
 from groupvit_fast.data.shards import Pair, write_shards
@@ -186,7 +186,7 @@ def index_rows(photos: Photos, seconds: float) -> Iterator[Row]:
             with wds2idx.IndexCreator(str(shard), str(folder / "stock.idx"), verbose=False) as creator:
                 creator.create_index()
 
-    candidates = {"wds2idx": stock, "ours": lambda: [scan(shard) for shard in photos.shards]}
+    candidates = {"wds2idx": stock, "ours": lambda: over_shards(scan, photos.shards, "", quiet=True)}
     timings = stopwatch.interleaved(candidates, "cpu", seconds=seconds)
     yield from timing_rows("index", _case(photos), timings, items=len(photos.captions), unit="samples")
 

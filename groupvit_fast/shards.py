@@ -62,7 +62,19 @@ def _parser() -> argparse.ArgumentParser:
         "--exclude", metavar="FILE", type=Path, help="leave out what FILE lists, a line TAR:KEY for a sample"
     )
     check = command("check", _check, "list every sample that training would leave out, and why")
-    for added in (index, check):
+    _verify_flags(index, check)
+    stats = command("stats", _stats, "count samples, sizes of images, lengths and repeats of captions")
+    for added in (index, check, stats):
+        added.add_argument("shards", metavar="SHARDS", nargs="+", help=_SHARDS_HELP)
+        added.add_argument("--cache-dir", metavar="DIR", type=Path, help="where the indexes are kept")
+        added.add_argument(
+            "--allow-missing", action="store_true", help="go on without shards that are absent"
+        )
+    return parser
+
+
+def _verify_flags(*commands: argparse.ArgumentParser) -> None:
+    for added in commands:
         added.add_argument(
             "--verify",
             choices=("header", "full"),
@@ -72,11 +84,6 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--quarantine", metavar="FILE", type=Path, help="write what is left out to FILE, a line for each"
         )
-    stats = command("stats", _stats, "count samples, sizes of images, lengths and repeats of captions")
-    for added in (index, check, stats):
-        added.add_argument("shards", metavar="SHARDS", nargs="+", help=_SHARDS_HELP)
-        added.add_argument("--cache-dir", metavar="DIR", type=Path, help="where the indexes are kept")
-    return parser
 
 
 def _pack_flags(pack: argparse.ArgumentParser) -> None:
@@ -234,7 +241,7 @@ def _exclusions(path: Path) -> dict[str, set[str]]:
 def _expand(arguments: argparse.Namespace) -> list[Path]:
     from groupvit_fast.data.index import expand_shards
 
-    return expand_shards(arguments.shards)
+    return expand_shards(arguments.shards, allow_missing=arguments.allow_missing)
 
 
 def _print_totals(result: dict) -> None:

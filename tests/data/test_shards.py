@@ -60,6 +60,16 @@ def test_full_check_finds_what_the_index_cannot(make_shards, capsys):
     assert "000000.tar:000000002: cannot be decoded" in capsys.readouterr().out
 
 
+def test_absent_shards_are_an_error_unless_they_may_be(make_shards, capsys, caplog):
+    first, _ = make_shards(4, per_shard=2)
+    pattern = str(first.parent / "{000000..000003}.tar")
+    assert run_command(command.main, ["index", pattern]) == 1
+    assert "000002.tar" in capsys.readouterr().err
+    assert command.main(["index", pattern, "--allow-missing"]) == 0
+    assert "4 usable samples in 2 shards" in capsys.readouterr().out
+    assert any("2 of 4 shards are missing" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["pack", "{tmp}/none", "{tmp}/out"], ["pack", "{tmp}", "{tmp}/out"], ["check", "{tmp}/none.tar"]],
