@@ -27,6 +27,7 @@ from groupvit_fast.data.reader import SampleReader
 _log = logging.getLogger("groupvit_fast")
 _TOLERATED = 16  # broken images that may always be met; beyond, 1 % of the samples read
 _TOLERATED_PERCENT = 1
+_FETCH_AHEAD = 32  # batches between asking for a remote shard and needing it
 
 
 @dataclass
@@ -165,6 +166,8 @@ class BatchMaker:
     def _plan(self, position: int) -> _Plan:
         options = self.options
         samples = self.reader.usable(self.samples_at(position))
+        if self.reader.window is not None:
+            self.reader.fetch_ahead(self.samples_at(position + _FETCH_AHEAD * options.stride))
         first = position + options.rank * options.batch_size
         words = sampling.draws(options.seed, first, options.batch_size)
         encoded, captions = self.reader.read(samples)

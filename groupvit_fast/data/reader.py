@@ -9,7 +9,7 @@ import os
 import resource
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data.index import read_indexes
+from groupvit_fast.data.index_files import index_places, load_index
 from groupvit_fast.data.remote import MissingShard, ShardCache, is_remote
-from groupvit_fast.data.scan import MAX_CAPTION_BYTES, ShardIndex
+from groupvit_fast.data.scan import MAX_CAPTION_BYTES, VERSION, ShardIndex, file_stamp
 
 _log = logging.getLogger("groupvit_fast")
 _DOWNLOADS = 4  # at a time
@@ -62,6 +63,8 @@ class SampleReader:
         self.height = self._column("height")
         self._bad = np.zeros(len(self), dtype=bool)
         self._handles: OrderedDict[int, int] = OrderedDict()
+        self._fetcher: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future] = {}
         self._max_handles = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def _column(self, name: str) -> np.ndarray:
@@ -142,6 +145,9 @@ class SampleReader:
         return found
 
     def close(self) -> None:
+        if self._fetcher is not None:
+            self._fetcher.shutdown(cancel_futures=True)
+            self._fetcher = None
         while self._handles:
             os.close(self._handles.popitem()[1])
 
@@ -169,15 +175,34 @@ class SampleReader:
         self._handles[shard] = handle
         return handle
 
+    def fetch_ahead(self, samples: np.ndarray) -> None:
+        """Download the shards of `samples` in the background; what fails is tried again when it is read."""
+        for shard in np.unique(self.shard_of(samples)).tolist():
+            url = self.shards[shard]
+            if is_remote(url) and shard not in self._coming and not self.cache.path(url).exists():
+                self._fetcher = self._fetcher or ThreadPoolExecutor(1, "fetch-shards")
+                self._coming[shard] = self._fetcher.submit(self.cache.fetch, url)
+                self._coming[shard].add_done_callback(lambda _, shard=shard: self._coming.pop(shard, None))
+
     def _open(self, shard: int) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
         if not is_remote(self.shards[shard]):
             return os.open(self.indexes[shard].tar, flags)
         while True:  # another process may make room between the download and the opening
-            try:
-                return os.open(self.cache.fetch(self.shards[shard]), flags)
-            except FileNotFoundError:
-                continue
+            with contextlib.suppress(FileNotFoundError):
+                path = self.cache.fetch(self.shards[shard])
+                if file_stamp(path) != self.indexes[shard].stamp:
+                    raise UserError(f"{self.shards[shard]}: changed on its server; start the run again")
+                return os.open(path, flags)
+
+
+def _index_without_shard(cache: ShardCache, url: str, cache_dir: Path | None) -> ShardIndex | None:
+    """The stored index of a shard that had to make room in the cache; compared when the shard is read."""
+    path = cache.path(url)
+    if cache.limit is None or path.exists():
+        return None
+    stored = (load_index(place, path) for place in index_places(path, cache_dir))
+    return next((index for index in stored if index is not None and index.stamp[0] == VERSION), None)
 
 
 def _indexes(
@@ -198,6 +223,8 @@ def _indexes(
     def index(shard: Path | str) -> ShardIndex | None:
         if not is_remote(shard):
             return read_indexes([shard], cache_dir, quiet=True)[0]
+        if (known := _index_without_shard(cache, shard, cache_dir)) is not None:
+            return known
         try:
             while True:  # another download may push this one out before it is indexed
                 with contextlib.suppress(FileNotFoundError):

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from groupvit_fast.console import UserError
-from groupvit_fast.data import remote
+from groupvit_fast.data import batches, remote
 from groupvit_fast.data.pipeline import TrainLoader
 from groupvit_fast.data.remote import MissingShard, ShardCache
 
@@ -192,13 +192,40 @@ def test_a_cache_smaller_than_the_data(server, shards, tmp_path, sample_numbers)
         assert len(runs) == 3, "a window holds one shard here"
     assert [n // 20 for n in seen[:60:20]] != [n // 20 for n in seen[60::20]] or seen[:60] != seen[60:]
     assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= cache.limit
-    assert sum(server.asked.values()) <= 3 + 2 * 3 + 1
+    assert sum(server.asked.values()) <= 3 + 3 * 3 + 2
+    before = sum(server.asked.values())
     resumed = make_loader(url, cache)
+    assert sum(server.asked.values()) == before, "the indexes of absent shards are kept"
     state = loader.state_dict()
     resumed.load_state_dict(state)
     other = make_loader(url, ShardCache(tmp_path / "whole"))
     with pytest.raises(UserError, match="--shard-cache-gb"):
         other.load_state_dict(state)
+
+
+def test_shards_of_the_next_window_come_before_they_are_needed(server, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "_FETCH_AHEAD", 1)
+    cache = ShardCache(tmp_path / "cache", limit=int(2.5 * len(server.files["/000000.tar"])))
+    loader = make_loader(f"{server.url}/{{000000..000002}}.tar", cache)
+    fetch, callers = cache.fetch, Counter()
+
+    def counted(url):
+        callers[threading.current_thread().name.rpartition("_")[0], cache.path(url).exists()] += 1
+        return fetch(url)
+
+    monkeypatch.setattr(cache, "fetch", counted)
+    take(loader, 12)
+    assert callers["fetch-shards", False] >= 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch-shards")]
+
+
+def test_a_shard_that_changed_on_its_server_is_said(server, shards, tmp_path):
+    size = len(server.files["/000000.tar"])
+    cache = ShardCache(tmp_path / "cache", limit=int(1.5 * size))
+    loader = make_loader(f"{server.url}/{{000000..000002}}.tar", cache)
+    server.files = dict.fromkeys(server.files, server.files["/000001.tar"])
+    with pytest.raises(UserError, match=r"00000[02].tar: changed on its server"):
+        take(loader, 6)
 
 
 def test_processes_share_a_download(server, shards, tmp_path):
