@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -133,4 +134,24 @@ def test_the_parts_are_well_formed(parts):
 
 
 def test_the_limits_fit_the_promise():
-    assert sum(part.seconds for part in bench.CPU_PARTS) <= 15 * 60
+    """The sweep comes last and takes what is left."""
+    *parts, last = bench.CPU_PARTS
+    assert last.name == "kernel_sweep"
+    assert sum(part.seconds for part in parts) <= 14 * 60
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        part
+        for part in (*bench.CPU_PARTS, *bench.GPU_PARTS)
+        if part.name.endswith(("_bench", "_large", "_sweep"))
+    ],
+    ids=lambda part: part.name,
+)
+def test_the_benches_know_the_options_they_are_given(part):
+    if not part.script.exists():
+        pytest.skip("not in this checkout")
+    module = importlib.import_module(part.script.stem)
+    given = [{"{device}": "cpu", "{json}": "x.json"}.get(word, word) for word in part.command[2:]]
+    assert module.parse(given).json == Path("x.json")
