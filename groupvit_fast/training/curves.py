@@ -34,7 +34,7 @@ def chart(title: str, lines: Sequence[Line], *, zero: bool = False, unit: str = 
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     across = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
-    marks = ticks(0.0 if zero else min(ys), max(ys))
+    marks = ticks(0.0, max(ys) or 1.0) if zero else ticks(min(ys), max(ys))
     up = marks[0], marks[-1]
     drawn = [_axes(marks, up, ticks(*across, inside=True), across)]
     drawn += [_line(line, number, across, up) for number, line in enumerate(lines)]

@@ -84,7 +84,7 @@ def _facts(
         before = f"{evaluations[first]['miou']:.3f} before" if first == 0 and last else f"at step {last}"
         tiles.append(("zero-shot mIoU", f"{evaluations[last]['miou']:.3f}", before))
         if "ema" in evaluations[last]:
-            tiles.append(("mIoU of averaged weights", f"{evaluations[last]['ema']['miou']:.3f}", "EMA"))
+            tiles.append(("EMA mIoU", f"{evaluations[last]['ema']['miou']:.3f}", "averaged weights"))
         best = result.get("best")
         if best and best["step"] != last:
             tiles.append(("best mIoU", f"{best['miou']:.3f}", f"at step {best['step']}"))
