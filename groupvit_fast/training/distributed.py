@@ -50,7 +50,12 @@ def session(device: str) -> Iterator[World]:
     if device == "cuda":
         torch.cuda.set_device(world.local_rank)
     # gloo stays beside NCCL for what lives on the CPU: objects and the agreement to stop
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    # torchrun's store outlives a restart: without names of its own, a new attempt would read old addresses
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield world
     finally:

@@ -49,7 +49,7 @@ class Watchdog:
         self.last_checkpoint, self.signal = last_checkpoint, signal
         self.neighbour = (world.rank + 1) % world.size
         self.verdict: str | None = None
-        self._over, self._failed = threading.Event(), False
+        self._over, self._failed, self._leaving = threading.Event(), False, False
         self.at(0, "warm-up")
 
     def at(self, step: int, phase: str) -> None:
@@ -74,6 +74,8 @@ class Watchdog:
             if kind is not None and issubclass(kind, RuntimeError):
                 self._failed = True
                 time.sleep(3 * self.interval + 5)  # the threads end the program if they find out
+                if self._leaving:
+                    threading.Event().wait()
             self.at(self.place[0], "done")
             if kind is None:
                 self._beat()
@@ -154,11 +156,13 @@ class Watchdog:
         first = True
         try:
             if self.world.size > 1:
-                first = self._store.compare_set(VERDICT, "", text).decode() == text
+                mine = f"rank {self.world.rank}: {text}"
+                first = self._store.compare_set(VERDICT, "", mine).decode() == mine
         finally:
             self._leave(text, speak=first)
 
     def _leave(self, text: str, *, status: int = GONE, speak: bool = True) -> NoReturn:
+        self._leaving = True
         if speak:
             kept = self.last_checkpoint()
             remedy = f"; the last checkpoint is {kept}, continue with --resume" if kept else ""
