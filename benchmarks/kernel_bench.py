@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(one_line(describe(device)))
     if arguments.sweep:
         return sweep.run(device, dtype, arguments.only, arguments.json, arguments.clock)
-    bandwidth = stopwatch.copy_bandwidth(device)
+    bandwidth = stopwatch.copy_bandwidth(device, arguments.clock)
     bandwidth_text = f"copy bandwidth {bandwidth / 1e9:.1f} GB/s"
     print(f"{bandwidth_text}; {dtype}; medians of interleaved calls, {arguments.clock} clock")
     print(HEADER)

@@ -35,7 +35,7 @@ def _small(monkeypatch):
         ]
 
     monkeypatch.setattr(kernel_bench, "official_cases", small_cases)
-    monkeypatch.setattr(stopwatch, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(stopwatch, "copy_bandwidth", lambda device, clock: 1e10)
 
 
 def test_every_operator_gets_a_row_per_pass(tmp_path, capsys):

@@ -16,9 +16,10 @@ from host_cuda_library import ROOT
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 SOURCES = sorted(path.name for path in (ROOT / "csrc").glob("*.cu"))
-ARCHITECTURES = (
-    re.search(r"foreach\(architecture ([\d ]+)\)", (ROOT / "CMakeLists.txt").read_text()).group(1).split()
-)
+BUILD = (ROOT / "CMakeLists.txt").read_text()
+ARCHITECTURES = re.search(r"foreach\(architecture ([\d ]+)\)", BUILD).group(1).split()
+# What the build gives a source beside the common flags: they decide how many registers a kernel takes.
+OWN_FLAGS = dict(re.findall(r"\(csrc/(\w+\.cu) PROPERTIES COMPILE_OPTIONS (\S+)\)", BUILD))
 
 
 class Kernel(NamedTuple):
@@ -47,6 +48,7 @@ def compiled_kernels(source: str, architecture: str) -> list[Kernel]:
     """Compile one CUDA source for one target; a warning is an error."""
     with tempfile.TemporaryDirectory() as folder:
         command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT}"]
+        command += [OWN_FLAGS[source]] if source in OWN_FLAGS else []
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
         command += ["-Werror", "all-warnings", "-cubin", str(ROOT / "csrc" / source)]
         run = subprocess.run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ptxas_table import ARCHITECTURES, NVCC, SOURCES, Kernel, compiled_kernels, kernels_in
+from ptxas_table import ARCHITECTURES, NVCC, OWN_FLAGS, SOURCES, Kernel, compiled_kernels, kernels_in
 
 REPORT = """ptxas info    : Compiling entry function '_Z6kernelPf' for 'sm_80'
 ptxas info    : Function properties for _Z6kernelPf
@@ -14,6 +14,10 @@ ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack s
 
 def test_a_report_is_read():
     assert kernels_in(REPORT) == [Kernel("_Z6kernelPf", 255, 512, 16, 20)]
+
+
+def test_flags_are_those_of_the_build():
+    assert OWN_FLAGS == {"mask_upsample.cu": "--fmad=false"}
 
 
 @pytest.mark.slow
