@@ -87,7 +87,7 @@ def _on_gpu(device: str) -> Callable[[Callable[[], object]], float]:
 
 
 def copy_bandwidth(device: str, clock: str = "wall") -> float:
-    """Bytes per second of a copy of 256 MiB, read and written, by the clock of the rows: the best of several."""
+    """Bytes per second of a copy of 256 MiB, read and written: the best of several."""
     source = torch.ones(64 << 20, device=device)
     target = torch.empty_like(source)
     timing = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=0.3, clock=clock)["copy"]
