@@ -111,7 +111,8 @@ def run_part(part: Part, output: Path, device: str, limit: float) -> dict[str, o
         return {"status": "cut off", "seconds": seconds, "why": f"longer than {limit:.3g} s"}
     if status != 0:
         return {"status": "failed", "seconds": seconds, "why": f"status {status}: {last_words(log)}"}
-    return {"status": "done", "seconds": seconds, "why": ""}
+    said = "" if "{json}" in part.command else last_line(log)  # how many tests passed
+    return {"status": "done", "seconds": seconds, "why": said}
 
 
 def _run(command: Sequence[str], log, limit: float) -> int | None:
@@ -134,11 +135,19 @@ def _run(command: Sequence[str], log, limit: float) -> int | None:
             process.wait()
 
 
+def _lines(log: Path) -> list[str]:
+    return [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+
+
+def last_line(log: Path) -> str:
+    """What a part said in the end."""
+    return (_lines(log) or [""])[-1][:200]
+
+
 def last_words(log: Path) -> str:
     """The line of a log that says what went wrong: the last error, else the last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or ["it said nothing"])[-1][:200]
+    errors = [line for line in _lines(log) if "error" in line.lower()]
+    return errors[-1][:200] if errors else last_line(log) or "it said nothing"
 
 
 def run_all(

@@ -58,6 +58,7 @@ def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys
         Part("absent", 9, ("no-such-program",)),
         Part("needy", 9, (sys.executable, "-c", ""), needs="no-such-tool"),
         Part("missing", 9, (sys.executable, "benchmarks/no_bench.py")),
+        Part("tests", 9, (sys.executable, "-c", "print('.....'); print('5 passed in 0.1s')")),
         python("kernel_bench", WRITE),
     )
     assert run(tmp_path) == 0
@@ -70,6 +71,7 @@ def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys
         "absent": ("failed", "status 127: no-such-program: No such file or directory"),
         "needy": ("left out", "no-such-tool is not installed"),
         "missing": ("left out", "no_bench.py is not in this checkout"),
+        "tests": ("done", "5 passed in 0.1s"),
         "kernel_bench": ("done", ""),
     }
     text = (tmp_path / "report.md").read_text()
@@ -78,7 +80,7 @@ def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys
     last = capsys.readouterr().out.splitlines()[-3:]
     assert last[0].split()[-3:] == ["20.00", "x", "met"]
     assert "1 met" in last[1]
-    assert last[2].endswith("6 of 7 parts did not finish")
+    assert last[2].endswith("6 of 8 parts did not finish")
 
 
 def test_a_part_that_is_cut_off_leaves_no_process(tmp_path):
