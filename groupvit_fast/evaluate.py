@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,10 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from groupvit_fast.segmentation.modes import parse_modes
-    from groupvit_fast.segmentation.options import require_writable
+    from groupvit_fast.segmentation.options import explanation, require_writable
 
     if args.explain:
-        print(_explanation(args))
+        print(explanation(args))
         return 0
     _check_arguments(args)
     args.modes = parse_modes(args.modes) if args.modes else []
@@ -103,20 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = _classify if args.dataset == IMAGENET else _segment
         run(args, device, world)
     return 0
-
-
-def _explanation(args: argparse.Namespace) -> str:
-    """The steps of the protocol; with the numbers of a benchmark if --dataset names one."""
-    from groupvit_fast.segmentation.datasets import BENCHMARKS, benchmark_classes
-    from groupvit_fast.segmentation.options import SMALL_MODEL, protocol_from_flags
-    from groupvit_fast.segmentation.prompts import BACKGROUND
-
-    protocol = protocol_from_flags(args)
-    if args.dataset in BENCHMARKS:
-        background = benchmark_classes(args.dataset)[0].lower() == BACKGROUND
-        options = {"background": background, "threshold": args.background_threshold}
-        protocol = protocol.resolve(dataset=args.dataset, image_size=SMALL_MODEL, **options)
-    return protocol.explain()
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -175,6 +162,8 @@ def _segment(args: argparse.Namespace, device: str, world: World) -> None:
             _write_gallery(args, model, dataset, protocol, args.modes)
     if args.json:
         write_json(args.json, values)
+    if partial:
+        shutil.rmtree(partial, ignore_errors=True)  # only now that the result is safe
     return None
 
 

@@ -72,7 +72,7 @@ def evaluate(
     strict: an image that cannot be used is an error; otherwise it is left out and listed in the result, and
         only a dataset of which nothing is left is an error.
     partial: a folder for partial results. An evaluation that was killed goes on from there and has the same
-        counts in the end; the folder is removed then.
+        counts in the end. The folder stays, with all counts in it; remove it once the result is safe.
     ranks: other processes that call this too. Each image is counted by one of them, whatever their number;
         the first returns the result, the others None.
 
@@ -94,8 +94,6 @@ def evaluate(
         total.merge(Progress.from_bytes(state, ""))
     run.progress = total
     run.require_images(total.tally.scalars["images"])
-    if run.partial is not None:
-        run.partial.remove()
     return summarise(dataset, run.protocol, total, model.config.image.output_groups, run.settings())
 
 
@@ -178,6 +176,8 @@ class Run:
                 self.partial.save(done, self.ranks.rank)
                 saved = time.perf_counter()
         done.seconds = before + time.perf_counter() - start
+        if self.partial is not None:
+            self.partial.save(done, self.ranks.rank)
 
     def usable(self, read: Iterator[Read]) -> Iterator[tuple[int, Item, Pair]]:
         """The pairs that can be scored; the others are noted with their reason, or raised if strict."""

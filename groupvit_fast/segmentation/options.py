@@ -10,6 +10,7 @@ from groupvit_fast.console import UserError
 from groupvit_fast.model.presets import ModelConfig
 from groupvit_fast.segmentation.datasets import BENCHMARKS, benchmark_classes
 from groupvit_fast.segmentation.prompts import (
+    BACKGROUND,
     TEMPLATE_SETS,
     foreground_classes,
     parse_classes,
@@ -87,6 +88,16 @@ def protocol_from_flags(args: argparse.Namespace, config: ModelConfig | None = N
         changes["background_names"] = tuple(read_class_file(args.background_names))
     chosen = protocol(name)
     return chosen.with_knobs(changes) if changes else chosen
+
+
+def explanation(args: argparse.Namespace) -> str:
+    """The steps of the protocol in words, with the numbers of a benchmark if `args.dataset` names one."""
+    chosen = protocol_from_flags(args)
+    if args.dataset in BENCHMARKS:
+        background = benchmark_classes(args.dataset)[0].lower() == BACKGROUND
+        options = {"background": background, "threshold": args.background_threshold}
+        chosen = chosen.resolve(dataset=args.dataset, image_size=SMALL_MODEL, **options)
+    return chosen.explain()
 
 
 def parse_templates(texts: list[str]) -> tuple[str, ...]:
