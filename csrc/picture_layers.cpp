@@ -96,6 +96,12 @@ void look_up(const uint8_t* in, int64_t pixels, const Tables& tables, uint8_t* o
 struct Color {
     static GVIT_INLINE void run(const uint8_t* const& in, const int64_t& pixels, const float& factor,
                                 uint8_t* const& out) {
+        blend(in, pixels, factor, out);
+    }
+
+    // Arguments by value: bytes that are written could alias what a reference points to.
+    static GVIT_INLINE void blend(const uint8_t* __restrict__ in, int64_t pixels, float factor,
+                                  uint8_t* __restrict__ out) {
         for (int64_t i = 0; i < pixels; ++i) {
             const auto grey = static_cast<float>(luma(in + 3 * i));
             for (int c = 0; c < 3; ++c) out[3 * i + c] = blend_byte(grey, in[3 * i + c], factor);
@@ -147,8 +153,11 @@ GVIT_INLINE void store_pixel(uint8_t* target, Float4 values) {
 // Output pixel (x, y) shows the input at matrix * (x + 1/2, y + 1/2, 1), blended from the four nearest; the
 // fraction is cut off. Reads and writes one byte beyond the last pixel.
 struct Affine {
-    static GVIT_INLINE void run(const uint8_t* const& in, const int64_t& size, const float* const& m,
-                                uint8_t* const& out) {
+    static GVIT_INLINE void run(const uint8_t* const& pixels, const int64_t& size, const float* const& matrix,
+                                uint8_t* const& moved) {
+        const uint8_t* const in = pixels;  // copies: bytes that are written could alias the originals
+        uint8_t* const out = moved;
+        const float m[6] = {matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], matrix[5]};
         const auto side = static_cast<int32_t>(size), row = 3 * side;
         const auto limit = static_cast<float>(size);
         for (int32_t y = 0; y < side; ++y) {

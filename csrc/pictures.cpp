@@ -13,7 +13,7 @@
 namespace gvit {
 namespace {
 
-typedef float Float4 __attribute__((vector_size(16)));
+constexpr int64_t kSpare = 16;  // floats that vector loads and stores may reach beyond an end
 
 // The input pixels behind each output pixel of one axis, with their weights: a triangle as wide as the
 // step between output pixels, at least two pixels wide, cut off at the edges.
@@ -45,44 +45,63 @@ struct Taps {
     static double triangle(double x) { return std::max(0.0, 1.0 - std::abs(x)); }
 };
 
-// Down each column first, where the rows are streams; then along the short row, four floats at a time.
+typedef float Float16 __attribute__((vector_size(64)));
+constexpr int64_t kRows = 4;  // output rows at a time
+
+// Down each column first, where the rows are streams. The sums of four rows are then interleaved, so that along
+// the rows one vector holds the three channels of four rows, and a tap is one multiplication.
 struct Resize {
-    static GVIT_INLINE void run(const Picture& picture, const int64_t& size, const Taps& down, const Taps& along,
-                                float* const& row, float* const& narrow, uint8_t* const& out) {
+    static GVIT_INLINE void run(const Picture& picture, const int64_t& side, const Taps& down, const Taps& along,
+                                float* const& rows, float* const& narrow, uint8_t* const& out) {
+        const int64_t size = side;  // of its own: bytes that are written could alias the caller's
         const int64_t length = picture.width * 3;
-        for (int64_t y = 0; y < size; ++y) {
-            column_sums(picture.pixels + down.start[y] * length, length, &down.weight[y * down.most], down.count[y],
-                        row);
+        float* const row = rows + kRows * (length + 3 * along.longest + kSpare);
+        for (int64_t y = 0; y < size; y += kRows) {
+            const int64_t count = std::min(kRows, size - y);
+            for (int64_t r = 0; r < count; ++r) {
+                column_sums(picture.pixels + down.start[y + r] * length, length, &down.weight[(y + r) * down.most],
+                            down.count[y + r], row + r * length);
+            }
+            const float *a = row, *b = a + length, *c = b + length, *d = c + length;
+            for (int64_t i = 0; i < length; ++i) {
+                rows[4 * i] = a[i];
+                rows[4 * i + 1] = b[i];
+                rows[4 * i + 2] = c[i];
+                rows[4 * i + 3] = d[i];
+            }
             switch (along.longest) {  // a loop of known length is several times faster
-                case 1: row_sums<1>(row, size, along, 1, narrow); break;
-                case 2: row_sums<2>(row, size, along, 2, narrow); break;
-                case 3: row_sums<3>(row, size, along, 3, narrow); break;
-                case 4: row_sums<4>(row, size, along, 4, narrow); break;
-                case 5: row_sums<5>(row, size, along, 5, narrow); break;
-                case 6: row_sums<6>(row, size, along, 6, narrow); break;
-                default: row_sums<0>(row, size, along, along.longest, narrow);
+                case 1: row_sums<1>(rows, size, along, 1, narrow); break;
+                case 2: row_sums<2>(rows, size, along, 2, narrow); break;
+                case 3: row_sums<3>(rows, size, along, 3, narrow); break;
+                case 4: row_sums<4>(rows, size, along, 4, narrow); break;
+                case 5: row_sums<5>(rows, size, along, 5, narrow); break;
+                case 6: row_sums<6>(rows, size, along, 6, narrow); break;
+                default: row_sums<0>(rows, size, along, along.longest, narrow);
             }
-            uint8_t* target = out + y * size * 3;
-            for (int64_t i = 0; i < size * 3; ++i) {
-                target[i] = static_cast<uint8_t>(static_cast<int32_t>(narrow[i] + 0.5f));
-            }
+            for (int64_t r = 0; r < count; ++r) round_row(narrow + r, size * 3, out + (y + r) * size * 3);
         }
     }
 
-    // Weights beyond a pixel's own are 0, and so is `row` beyond its end.
+    static GVIT_INLINE void round_row(const float* __restrict__ values, int64_t count, uint8_t* __restrict__ bytes) {
+        for (int64_t i = 0; i < count; ++i) {
+            bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(values[kRows * i] + 0.5f));
+        }
+    }
+
+    // Weights beyond a pixel's own are 0, and `rows` is finite beyond its end.
     template <int32_t kTaps>
-    static GVIT_INLINE void row_sums(const float* row, int64_t size, const Taps& along, int32_t taps, float* narrow) {
+    static GVIT_INLINE void row_sums(const float* rows, int64_t size, const Taps& along, int32_t taps, float* narrow) {
         const int32_t count = kTaps ? kTaps : taps;
         for (int64_t x = 0; x < size; ++x) {
-            const float* source = row + 3 * along.start[x];
+            const float* source = rows + 12 * along.start[x];
             const float* weight = &along.weight[x * along.most];
-            Float4 sum = {0.f, 0.f, 0.f, 0.f};
+            Float16 sum = {};
             for (int32_t i = 0; i < count; ++i) {
-                Float4 pixel;
-                std::memcpy(&pixel, source + 3 * i, sizeof pixel);
+                Float16 pixel;
+                std::memcpy(&pixel, source + 12 * i, sizeof pixel);
                 sum += weight[i] * pixel;
             }
-            std::memcpy(narrow + 3 * x, &sum, sizeof sum);  // the fourth is overwritten by the next pixel
+            std::memcpy(narrow + 12 * x, &sum, sizeof sum);  // the last four are overwritten by the next pixel
         }
     }
 
@@ -156,8 +175,10 @@ void finish_picture(const PictureBatch& batch, int64_t index, std::vector<uint8_
 
 void resize_picture(const Picture& picture, int64_t size, uint8_t* out) {
     const Taps down(picture.height, size), along(picture.width, size);
-    std::vector<float> row((picture.width + along.longest) * 3 + 4), narrow(size * 3 + 4);
-    dispatch<Resize>(picture, size, down, along, row.data(), narrow.data(), out);
+    const int64_t length = picture.width * 3;
+    std::vector<float> rows(kRows * (length + 3 * along.longest + kSpare) + kRows * length);
+    std::vector<float> narrow(kRows * size * 3 + kSpare);
+    dispatch<Resize>(picture, size, down, along, rows.data(), narrow.data(), out);
 }
 
 void finish_pictures(const PictureBatch& batch, int64_t threads) {
