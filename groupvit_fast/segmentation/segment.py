@@ -69,7 +69,7 @@ def window_spans(length: int, crop: int, stride: int) -> list[tuple[int, int]]:
 
 def low_resolution_maps(encoding: NamedTuple) -> Tensor:
     """Soft maps of the final groups at patch resolution, [B, G, *grid]: the stage maps multiplied."""
-    return ops.compose_assignments(encoding.maps).unflatten(-1, encoding.grid)
+    return ops.compose_assignments([stage.float() for stage in encoding.maps]).unflatten(-1, encoding.grid)
 
 
 def learnt_scale(model: torch.nn.Module) -> Tensor:

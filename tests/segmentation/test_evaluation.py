@@ -167,3 +167,17 @@ def test_picture_of_examples(voc, fake_model):
     assert picture.width > 8 * 192
     colours = np.asarray(picture).reshape(-1, 3)
     assert len(np.unique(colours, axis=0)) > 50
+
+
+def test_bfloat16_moves_few_labels(tmp_path, tools):
+    """Also where one stage's map comes out in bfloat16 and another's in float32."""
+    dataset = VocFolder(tools.make_voc(tmp_path / "voc", sizes=[(40, 61), (70, 33)]))
+    chosen = tools.replace(protocol("official"), short_side=32, crop=32, stride=16)
+    model = tools.FakeModel().eval()
+    full, half = (
+        np.array(evaluate(model, dataset, chosen, precision=name).confusion) for name in ("fp32", "bf16")
+    )
+    assert full.sum() == half.sum()
+    assert 0 < np.abs(full - half).sum() < 0.1 * full.sum()
+    with pytest.raises(UserError, match="choose one of fp32, bf16"):
+        evaluate(model, dataset, chosen, precision="fp8")
