@@ -196,7 +196,7 @@ ImageProbe probe_image(const FileSlice& image, int64_t max_pixels) {
     } else {
         probe.fault = stranger(head);
     }
-    if (probe.fault.empty() && probe.width * probe.height > max_pixels) {
+    if (probe.fault.empty() && probe.width > max_pixels / probe.height) {  // the product may overflow
         probe.fault = std::to_string(probe.width) + " x " + std::to_string(probe.height) +
                       " pixels is above the limit of " + std::to_string(max_pixels);
     }

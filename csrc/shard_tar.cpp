@@ -22,6 +22,7 @@ std::optional<int64_t> header_number(std::string_view field) {
     int64_t value = 0;
     if (field[0] == '\x80') {
         for (const char byte : field.substr(1)) {
+            if (value > kMostSize >> 8) return std::nullopt;  // before the shift, which would overflow
             value = value << 8 | static_cast<uint8_t>(byte);
             if (value > kMostSize) return std::nullopt;
         }

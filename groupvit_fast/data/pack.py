@@ -124,6 +124,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _open_manifest(folder: Path, source: str) -> dict[str, Any]:
     path = folder / _MANIFEST
+    for left in folder.glob(f".{_MANIFEST}.*"):  # half written when a run was killed
+        left.unlink()
     if path.exists():
         try:
             manifest = json.loads(path.read_text("utf-8"))

@@ -174,6 +174,7 @@ def test_a_killed_pack_continues_to_the_same_bytes(photos, tmp_path):
     assert not (killed / "000006.tar").exists()
     left = {path.name: path.stat().st_ino for path in killed.glob("*.tar")}
     assert left, "some shards were finished"
+    (killed / ".pack.json.1234-abcd").write_text("half written when the run was killed")
     run(photos, killed, "--per-shard", "1")
     expected = {name: data for name, data in files(whole).items() if not name.endswith(".npz")}
     assert {name: data for name, data in files(killed).items() if not name.endswith(".npz")} == expected

@@ -80,6 +80,12 @@ def test_20000_by_20_pixels_and_the_limit(look, encode_image, monkeypatch):
     assert look(wide) == "20000 x 20 pixels is above the limit of 399999"
 
 
+def test_sizes_whose_product_overflows_are_above_the_limit(look, encode_image):
+    png = bytearray(encode_image(picture(), "PNG"))
+    png[16:24] = b"\xff" * 8
+    assert look(bytes(png)) == "4294967295 x 4294967295 pixels is above the limit of 67108864"
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "thumbnail"])
 def test_an_image_cut_at_any_tenth_byte_is_left_out(tmp_path, write_tar, encode_image, kind):
     """The thumbnail is a whole JPEG inside the header, whose end marker must not count."""

@@ -174,3 +174,58 @@ def test_header_with_a_negative_size_leads_nowhere(make_shards):
     index = scan(tar)
     assert [index.key(n) for n in range(len(index))] == [f"{n:09d}" for n in (0, 1, 3)]
     assert ("000000002", "no image") in index.rejected
+
+
+def rewrite_header(data, start, field, value):
+    """Change a field of the tar header at `start`, with a sound sum."""
+    data[start + field : start + field + len(value)] = value
+    data[start + 148 : start + 156] = b" " * 8
+    data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+
+
+def test_a_link_has_no_data_whatever_its_size_says(make_shards):
+    (tar,) = make_shards(3)
+    data = bytearray(tar.read_bytes())
+    link = bytearray(data[:512])
+    rewrite_header(link, 0, 156, b"2")
+    assert int(link[124:135], 8) > 0
+    tar.write_bytes(link + data)
+    index = scan(tar)
+    assert len(index) == 3
+    assert index.rejected == ()
+
+
+def test_a_size_that_no_file_has_is_damage(make_shards):
+    (tar,) = make_shards(3)
+    data = bytearray(tar.read_bytes())
+    header = int(scan(tar).image_offset[1]) - 512
+    rewrite_header(data, header, 124, b"\x80\0\0\0" + b"\xff" * 8)
+    tar.write_bytes(data)
+    index = scan(tar)
+    assert index.rejected == (
+        ("000000.tar", f"damaged header near byte {header}"),
+        ("000000001", "no image"),
+    )
+
+
+def test_a_large_size_in_base_256_is_read(make_shards):
+    (tar,) = make_shards(3)
+    data = bytearray(tar.read_bytes())
+    whole = scan(tar)
+    rewrite_header(data, 0, 124, b"\x80" + int(whole.image_size[0]).to_bytes(11, "big"))
+    tar.write_bytes(data)
+    assert np.array_equal(scan(tar).image_size, whole.image_size)
+
+
+def test_complaints_name_members_that_are_no_text(tmp_path, noise_image):
+    with tarfile.open(
+        tmp_path / "s.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape"
+    ) as archive:
+        for _ in range(2):
+            member = tarfile.TarInfo("bad\udcff.jpg")
+            member.size = len(noise_image(0))
+            archive.addfile(member, io.BytesIO(noise_image(0)))
+    assert scan(tmp_path / "s.tar").rejected == (
+        ("bad\udcff", "second image of the same name ignored"),
+        ("bad\udcff", "no caption"),
+    )
