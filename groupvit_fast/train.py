@@ -25,7 +25,7 @@ from groupvit_fast.model.groupvit import create_model
 from groupvit_fast.model.presets import ModelConfig
 from groupvit_fast.segmentation import Evaluation, protocol
 from groupvit_fast.segmentation.held_out import HeldOut
-from groupvit_fast.training import distributed, options, report_page, run_folder
+from groupvit_fast.training import distributed, options, plan, report_page, run_folder
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import World
 from groupvit_fast.training.precision import choose_dtype
@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = options.resolve(given, run_folder.saved_options(given))
     if getattr(given, "print_config", False):
         print(options.to_yaml(config), end="")
+        return 0
+    if config.dry_run:
+        print(plan.text(plan.make_plan(config), config))
         return 0
     device = resolve_device(config.device)
     _set_up_torch(config, device)
@@ -163,7 +166,7 @@ def _data(
 
 def _headline(config: TrainConfig, trainer: Trainer, samples: int) -> str:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    batch = config.batch_size * trainer.world.size
+    batch = config.batch_size * config.accum_freq * trainer.world.size
     return (
         f"preset {config.preset}: {parameters / 1e6:.1f} M parameters, {samples} pairs, batch {batch}, "
         f"{trainer.steps} steps ({trainer.steps * batch / samples:.1f} epochs), {trainer.dtype} on "

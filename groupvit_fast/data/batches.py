@@ -202,7 +202,8 @@ class BatchMaker:
                     nouns,
                 )
         texts, text_index = text.unique_rows(rows, options.context_length)
-        return Batch(images, texts.to(images.device), text_index.to(images.device))
+        # Texts stay in host memory: training reads their lengths, and would have to wait for a GPU.
+        return Batch(images, texts, text_index)
 
     def _quarantine(self, plans: deque[_Plan], position: int, error: RuntimeError) -> None:
         """Find the images on their way that DALI cannot decode and stop delivering them."""

@@ -200,6 +200,7 @@ def refuse_unfaithful(config: ModelConfig, layout: str) -> None:
         "hard_assignment=False": not image.hard_assignment,
         f"assign_scale={image.assign_scale}": image.logit_factor != image.width**-0.5,
         f"tau={image.tau}": image.tau != 1.0,
+        f"logit_bias_init={config.logit_bias_init}": config.logit_bias_init is not None,
         "projector_layers=1": layout == "hf" and config.projector_layers == 1,
         f"assign_eps={image.assign_eps}": layout == "official" and image.assign_eps != 1.0,
         # Its group projector takes as many tokens as the stage before has output groups.

@@ -47,10 +47,19 @@ class TrainingOutput(NamedTuple):
     groups: Tensor | None = None
 
 
+class Features(NamedTuple):
+    """What the encoders give before the projectors: groups [B,G,C], text [U,Ct] and areas [B,G]."""
+
+    groups: Tensor
+    text: Tensor
+    areas: Tensor
+
+
 class GroupViT(nn.Module):
     """The model of "GroupViT: Semantic Segmentation Emerges from Text Supervision" (Xu et al., CVPR 2022).
 
-    `logit_scale` and `multi_label_logit_scale` (None if the configuration has none) are logarithms.
+    `logit_scale` and `multi_label_logit_scale` are logarithms; `logit_bias` is what SigLIP's loss adds. The
+    last two are None if the configuration has none.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -65,6 +74,8 @@ class GroupViT(nn.Module):
         self.multi_label_logit_scale = (
             nn.Parameter(torch.tensor(config.logit_scale_init)) if config.multi_label_logit_scale else None
         )
+        bias = config.logit_bias_init
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """pixels [B,3,H,W], normalised with ImageNet statistics -> [B,D], projected and not normalised."""
@@ -119,13 +130,27 @@ class GroupViT(nn.Module):
         noise. With `return_groups` every group is projected too; RuntimeError if the projector has
         batch norm, which is for images.
         """
+        features = self.encode(pixels, texts, noise_key)
+        return self.project(features, text_index, return_groups=return_groups)
+
+    def encode(
+        self, pixels: Tensor, texts: Tensor | PackedTexts, noise_key: Tensor | None = None
+    ) -> Features:
+        """The part of `forward` that looks at each image and each text on its own."""
+        encoding = self.image_encoder(pixels, noise_key=noise_key)
+        return Features(encoding.groups, self.text_encoder(texts), encoding.areas)
+
+    def project(
+        self, features: Features, text_index: Tensor, *, return_groups: bool = False
+    ) -> TrainingOutput:
+        """The part of `forward` that looks at the batch as a whole: projectors and their batch norm."""
         if return_groups and self.config.projector_layers > 1:
             raise RuntimeError("return_groups needs projector_layers=1: batch norm takes images, not groups")
-        encoding = self.image_encoder(pixels, noise_key=noise_key)
         # Rows are repeated before the projector: its batch norm must weigh a text as often as it occurs.
-        text = self.text_projector(self.text_encoder(texts)[text_index])
-        groups = self.image_projector(encoding.groups) if return_groups else None
-        return TrainingOutput(self.image_projector(encoding.pooled), text, encoding.areas, groups)
+        text = self.text_projector(features.text[text_index])
+        groups = self.image_projector(features.groups) if return_groups else None
+        image = self.image_projector(features.groups.mean(dim=1))
+        return TrainingOutput(image, text, features.areas, groups)
 
 
 def create_model(name_or_config: str | ModelConfig, *, seed: int | None = None) -> GroupViT:

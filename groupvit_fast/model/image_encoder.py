@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupvit_fast.model.grouping import Grouping, GroupingBlock
-from groupvit_fast.model.layers import TokenMixer, TransformerBlock
+from groupvit_fast.model.layers import TokenMixer, TransformerBlock, run_block
 from groupvit_fast.model.presets import ImageConfig
 
 
@@ -75,8 +75,11 @@ class GroupProjector(nn.Module):
 class Stage(nn.Module):
     """Transformer layers over image and group tokens together, then a grouping block.
 
-    The last stage of the encoder has layers only.
+    The last stage of the encoder has layers only. `checkpointing`: layers are computed again in the backward
+    pass.
     """
+
+    checkpointing = False
 
     def __init__(self, config: ImageConfig, number: int, drop_path: list[float]) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class Stage(nn.Module):
                 tokens = tokens + self.group_projector(previous)
             x = torch.cat([x, tokens.to(x.dtype)], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, checkpointing=self.checkpointing)
         return x[:, :length], x[:, length:]
 
 

@@ -38,7 +38,7 @@ class PackedTexts(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedTexts:
         """The same on a device; the host does not wait for the copy."""
-        moved = [_send(part, device) if isinstance(part, Tensor) else part for part in self]
+        moved = [send(part, device) if isinstance(part, Tensor) else part for part in self]
         return PackedTexts(*moved)
 
     def visible(self) -> Tensor:
@@ -114,7 +114,7 @@ def _ends(row: Tensor, end: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return numbers, table, row * len(column) + numbers
 
 
-def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy without waiting: only pinned memory allows that."""
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

@@ -106,6 +106,8 @@ class ModelConfig:
     logit_scale_init: float = math.log(1 / 0.07)
     multi_label_logit_scale: bool = True
     """Whether the multi-label loss has a temperature of its own."""
+    logit_bias_init: float | None = None
+    """Where SigLIP's bias starts; None: the model has none."""
 
     def __post_init__(self) -> None:
         require_positive(self, "embed_dim", "projector_hidden")

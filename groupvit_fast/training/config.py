@@ -69,8 +69,16 @@ class TrainConfig:
     steps: int | None = option(None, "optimiser steps")
     epochs: float | None = option(None, "passes over the data, instead of --steps")
     train_samples: int | None = option(None, "image-caption pairs to train on, instead of --steps")
-    batch_size: int = option(256, "image-caption pairs a step and process")
+    accum_freq: int = option(
+        1, "batches a step: the losses compare all of them, in the memory of one and a second forward pass"
+    )
+    batch_size: int = option(256, "image-caption pairs a batch and process")
 
+    optimizer: str = option(
+        "adamw",
+        "adamw: PyTorch's fused one; the others need NVIDIA apex",
+        choices=("adamw", "apex-adam", "apex-lamb"),
+    )
     lr: float = option(1.6e-3, "peak learning rate at a global batch of --lr-batch pairs")
     lr_batch: int | None = option(None, "global batch that the rates are stated for; none: used as they are")
     min_lr: float = option(4e-5, "learning rate at the end of the cosine")
@@ -99,6 +107,13 @@ class TrainConfig:
         choices=("image", "group"),
     )
     merge_captions: bool = option(False, "treat equal captions in a batch as one label")
+    siglip: bool = option(False, "SigLIP's sigmoid loss in place of the softmax of both losses")
+    local_loss: bool = option(
+        True, "compare a process's own rows with everybody's; no: everybody's with everybody's, same loss"
+    )
+    gather_with_grad: bool = option(
+        True, "gradients flow between processes; no: an approximation, as open_clip's default"
+    )
     gumbel: bool = option(True, "Gumbel noise on the group assignment while training")
 
     amp: bool = option(False, "mixed precision; weights, norms, softmax and losses stay float32")
@@ -108,6 +123,13 @@ class TrainConfig:
         choices=("auto", "bf16", "fp16", "float32"),
     )
     compile: bool = option(False, "compile the model with torch.compile (needs a C++ compiler at run time)")
+    cuda_graphs: bool = option(False, "record the image encoder's kernels once and replay them (GPU only)")
+    grad_checkpointing: list[str] = option(
+        [],
+        "save memory: compute layers again in the backward pass; all, text, image or a stage's number "
+        "(repeatable)",
+        metavar="PART",
+    )
     deterministic: bool = option(True, "on a GPU: kernels that give the same bits every time")
     max_bad_steps: int = option(
         10,
@@ -141,6 +163,11 @@ class TrainConfig:
         None, "profile steps FIRST to END - 1 into the run folder's profile/", metavar="FIRST:END"
     )
 
+    dry_run: bool = option(False, "print what the run would need on --world-size processes, and stop")
+    world_size: int | None = option(None, "processes that --dry-run plans for (default: 1)")
+    measured: Path | None = option(
+        None, "result of train_bench.py, from which --dry-run takes the speed of one device", metavar="FILE"
+    )
     output: Path | None = option(None, "run folder (default: runs/<preset>-<date-time>)", metavar="DIR")
     resume: str | None = option(
         None,
@@ -156,42 +183,11 @@ class TrainConfig:
     quiet: bool = option(False, "print only errors and the final result")
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "save_every",
-            "keep_checkpoints",
-            "log_every",
-            "max_bad_steps",
-            "shapes_train",
-            "shapes_val",
-        ):
+        for name in AT_LEAST_ONE:
             _require(getattr(self, name) >= 1, self, name, "1 or more")
-        for name in (
-            "steps",
-            "epochs",
-            "train_samples",
-            "eval_every",
-            "save_every_minutes",
-            "workers",
-            "lr_batch",
-            "shard_cache_gb",
-            "seed_sweep",
-        ):
+        for name in POSITIVE_OR_NONE:
             _require(getattr(self, name) is None or getattr(self, name) > 0, self, name, "more than 0")
-        for name in (
-            "min_lr",
-            "warmup_lr",
-            "warmup_epochs",
-            "weight_decay",
-            "clip_grad",
-            "multi_label",
-            "contrastive_weight",
-            "multi_label_weight",
-            "max_rewinds",
-            "color_jitter",
-            "timeout_seconds",
-            "seed",
-        ):
+        for name in NOT_NEGATIVE:
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(self.lr > 0, self, "lr", "more than 0")
         _require(0 < self.layer_decay <= 1, self, "layer_decay", "in (0, 1]")
@@ -202,15 +198,29 @@ class TrainConfig:
         _require(0 <= self.beta2 < 1, self, "beta2", "in [0, 1)")
 
 
+AT_LEAST_ONE = (
+    "batch_size", "accum_freq", "save_every", "keep_checkpoints", "log_every", "max_bad_steps",
+    "shapes_train", "shapes_val",
+)  # fmt: skip
+POSITIVE_OR_NONE = (
+    "steps", "epochs", "train_samples", "world_size", "eval_every", "save_every_minutes", "workers",
+    "lr_batch", "shard_cache_gb", "seed_sweep",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "clip_grad", "multi_label",
+    "contrastive_weight", "multi_label_weight", "max_rewinds", "color_jitter", "timeout_seconds",
+    "seed",
+)  # fmt: skip
+
 GROUPS: dict[str, tuple[str, str]] = {
     "what is trained": ("preset", "model"),
     "data": ("data", "workers"),
     "length": ("steps", "batch_size"),
-    "optimiser": ("lr", "model_ema_decay"),
+    "optimiser": ("optimizer", "model_ema_decay"),
     "losses": ("multi_label", "gumbel"),
     "precision and safety": ("amp", "timeout_seconds"),
     "evaluation, checkpoints, metrics": ("eval_data", "profile_steps"),
-    "run": ("output", "quiet"),
+    "run": ("dry_run", "quiet"),
 }
 """Heading -> first and last field shown under it."""
 

@@ -1,14 +1,17 @@
 """Several processes as one: start and stop, gathers with and without gradient, agreement to stop.
 
-Reads the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK). Alone, every function is the
-identity, so callers need no branches.
+Reads the environment that torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or SLURM's srun sets. Alone,
+every function is the identity, so callers need no branches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -39,14 +42,49 @@ class World:
         return self.rank == 0
 
 
+def world_of(environment: MutableMapping[str, str]) -> World:
+    """Which process this is, by the variables of torchrun or of a SLURM job step (`srun`).
+
+    For SLURM, the variables that PyTorch's rendezvous reads are added: the first machine of the step, and a
+    port that follows from the job's number.
+    """
+    if "WORLD_SIZE" in environment:
+        size = int(environment["WORLD_SIZE"])
+        if size == 1:
+            return World()
+        return World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", 0)))
+    # Only inside a step: the script of a batch job has SLURM_PROCID too, and would wait for nobody.
+    size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if size == 1 or "SLURM_PROCID" not in environment:
+        return World()
+    world = World(int(environment["SLURM_PROCID"]), size, int(environment.get("SLURM_LOCALID", 0)))
+    job = int(environment.get("SLURM_JOB_ID", 0))
+    machines = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "localhost")
+    environment.setdefault("MASTER_ADDR", first_machine(machines))
+    environment.setdefault("MASTER_PORT", str(20_000 + job % 20_000))
+    environment["RANK"], environment["WORLD_SIZE"] = str(world.rank), str(world.size)
+    environment["LOCAL_RANK"] = str(world.local_rank)
+    return world
+
+
+def first_machine(names: str) -> str:
+    """The first of SLURM's list of machines, such as "gpu[003-007,12],head"; scontrol knows, if there."""
+    if shutil.which("scontrol"):
+        answer = subprocess.run(["scontrol", "show", "hostnames", names], capture_output=True, text=True)
+        if answer.returncode == 0 and answer.stdout.strip():
+            return answer.stdout.split()[0]
+    while found := re.match(r"([^,\[]*)\[([^],-]*)[^]]*\](.*)", names):
+        names = "".join(found.groups())
+    return names.split(",")[0]
+
+
 @contextlib.contextmanager
 def session(device: str) -> Iterator[World]:
-    """Join the processes torchrun started, for the duration of a `with`; without torchrun a world of one."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        yield World()
+    """Join the processes that torchrun or srun started, for the duration of a `with`; or be alone."""
+    world = world_of(os.environ)
+    if world.size == 1:
+        yield world
         return
-    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cuda":
         torch.cuda.set_device(world.local_rank)
     # gloo stays beside NCCL for what lives on the CPU: objects and the agreement to stop
@@ -95,6 +133,30 @@ class _GatherWithGrad(torch.autograd.Function):
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """Like `gather`, and the gradient flows back to the process that each row came from."""
     return tensor if world_size() == 1 else _GatherWithGrad.apply(tensor)
+
+
+def gather_own_grad(tensor: Tensor) -> Tensor:
+    """Like `gather`; only the rows of this process carry a gradient, and nothing is sent back."""
+    if world_size() == 1:
+        return tensor
+    rows, everyone = tensor.shape[0], gather(tensor.detach())
+    return torch.cat([everyone[: rank() * rows], tensor, everyone[(rank() + 1) * rows :]])
+
+
+class _SumWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_over_processes(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Every process's loss depends on the sum, and so on each part of it."""
+        return sum_over_processes(gradient.clone())
+
+
+def sum_with_grad(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all processes, with gradient."""
+    return tensor if world_size() == 1 else _SumWithGrad.apply(tensor)
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Journal:
             "bad_steps": int(trainer.optimizer.bad_steps.item()),
             "rewinds": trainer.recovery.rewinds,
             "bad_samples": int(bad_samples),
-            "epoch": round(trainer.step / trainer.loader.steps_per_epoch, 4),
+            "epoch": round(trainer.step / trainer.steps_per_epoch, 4),
             **rates,
             **self._arithmetic(rates["images_per_s"]),
             "memory_gb": memory_gb(trainer.device),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from groupvit_fast.console import UserError
+from groupvit_fast.training.apex import ApexOptimizer
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import sum_over_processes
 
@@ -71,7 +72,7 @@ def freeze(model: nn.Module, prefixes: list[str]) -> None:
 def number_of_steps(config: TrainConfig, steps_per_epoch: int, world_size: int) -> int:
     """The length of a run, however it was given: steps, pairs or epochs (one, if nothing was)."""
     if config.train_samples:
-        return math.ceil(config.train_samples / (config.batch_size * world_size))
+        return math.ceil(config.train_samples / (config.batch_size * config.accum_freq * world_size))
     return config.steps or max(1, round((config.epochs or 1) * steps_per_epoch))
 
 
@@ -92,7 +93,9 @@ class Schedule:
     @classmethod
     def of(cls, config: TrainConfig, *, steps: int, steps_per_epoch: int, world_size: int) -> Schedule:
         """The schedule of a run; with `lr_batch`, the rates grow with the global batch."""
-        factor = config.batch_size * world_size / config.lr_batch if config.lr_batch else 1.0
+        factor = (
+            config.batch_size * config.accum_freq * world_size / config.lr_batch if config.lr_batch else 1.0
+        )
         warmup = config.warmup_steps
         if warmup is None:
             warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -116,18 +119,19 @@ class GuardedAdamW:
 
     def __init__(self, model: nn.Module, config: TrainConfig, *, loss_scaling: bool = False) -> None:
         groups = parameter_groups(model, config.weight_decay, config.layer_decay)
-        betas = (config.beta1, config.beta2)
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        if config.optimizer == "adamw":
+            self.adamw = torch.optim.AdamW(groups, fused=True, **settings)
+        else:
+            self.adamw = ApexOptimizer(config.optimizer, groups, **settings)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.clip_grad = config.clip_grad
-        device = self.parameters[0].device
         self.loss_scaling = loss_scaling
-        self.loss_scale = torch.tensor(FIRST_LOSS_SCALE if loss_scaling else 1.0, device=device)
-        self.good_steps = torch.zeros((), device=device)
-        self.bad_steps = torch.zeros((), device=device)
-        self.bad_in_a_row = torch.zeros((), device=device)
+        zero = torch.zeros((), device=self.parameters[0].device)
+        self.loss_scale = zero + (FIRST_LOSS_SCALE if loss_scaling else 1.0)
+        self.good_steps, self.bad_steps, self.bad_in_a_row = zero.clone(), zero.clone(), zero.clone()
         self._before: list[Tensor] = []
 
     def remember_statistics(self) -> None:
@@ -161,7 +165,8 @@ class GuardedAdamW:
             divisor = divisor * (norm / self.clip_grad).clamp(min=1.0)
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        self.adamw.grad_scale, self.adamw.found_inf = divisor, bad
+        # the fused kernel wants float32 here whatever the weights are
+        self.adamw.grad_scale, self.adamw.found_inf = divisor.float(), bad
         self.adamw.step()
         self._restore_statistics(bad)
         self._count(bad, loss.detach())

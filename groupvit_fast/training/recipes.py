@@ -7,6 +7,7 @@ differs, so that two recipes can be compared by reading them.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,9 @@ def tiny() -> TrainConfig:
     )
 
 
+SIGLIP_START = {"logit_scale_init": math.log(10), "logit_bias_init": -10.0}
+"""Temperature and bias that SigLIP's authors start from."""
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "tiny": tiny,
     "groupvit-gcc-yfcc": groupvit_gcc_yfcc,
@@ -98,6 +102,8 @@ def model_config(config: TrainConfig) -> ModelConfig:
     """The model of a run: the preset's, with the changes of `--model`, and a second temperature if needed."""
     values = model_preset(config.preset).to_dict()
     values["multi_label_logit_scale"] = config.multi_label > 0
+    if config.siglip:
+        values |= SIGLIP_START
     for path, value in config.model.items():
         *parents, leaf = path.split(".")
         place: Any = values

@@ -123,7 +123,8 @@ class Recovery:
             warn(
                 f"warning: {folder} was saved by {state['world_size']} processes, this run has {size}: "
                 "weights, optimiser and the order of the data continue; noise and drop path are per process "
-                f"and differ, and a step now takes {trainer.config.batch_size * size} pairs"
+                "and differ, and a step now takes "
+                f"{trainer.config.batch_size * trainer.config.accum_freq * size} pairs"
             )
         self.checkpoint, self.saved_step = folder, trainer.step
 

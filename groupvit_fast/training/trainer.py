@@ -14,15 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from groupvit_fast.model.groupvit import GroupViT, TrainingOutput
-from groupvit_fast.training import guard
+from groupvit_fast.model.groupvit import Features, GroupViT, TrainingOutput
+from groupvit_fast.model.packing import send
+from groupvit_fast.training import accumulation, guard, parallel
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import StopAgreement, World, from_main
 from groupvit_fast.training.ema import WeightAverage
 from groupvit_fast.training.interruption import Interrupted, Interruption
 from groupvit_fast.training.journal import Journal
-from groupvit_fast.training.losses import contrastive_loss, multi_label_loss, text_labels
 from groupvit_fast.training.metrics import RunningMeans, group_statistics
+from groupvit_fast.training.objective import Objective, packed
 from groupvit_fast.training.optim import GuardedAdamW, Schedule, freeze, number_of_steps
 from groupvit_fast.training.precision import DTYPES, autocast
 from groupvit_fast.training.profiling import StepProfiler
@@ -85,15 +86,16 @@ class Trainer:
         self.model, self.loader, self.config, self.output = model.to(device).train(), loader, config, output
         self.world = world or World()
         self.device, self.dtype, self.evaluate = device, dtype, evaluate
-        self.match_groups = config.multi_label > 0 and config.multi_label_match == "group"
-        epoch = loader.steps_per_epoch
-        self.steps = number_of_steps(config, epoch, self.world.size)
+        self.steps_per_epoch = max(1, loader.steps_per_epoch // config.accum_freq)
+        self.steps = number_of_steps(config, self.steps_per_epoch, self.world.size)
         self.schedule = Schedule.of(
-            config, steps=self.steps, steps_per_epoch=epoch, world_size=self.world.size
+            config, steps=self.steps, steps_per_epoch=self.steps_per_epoch, world_size=self.world.size
         )
         freeze(self.model, config.freeze)
+        parallel.prepare(self.model, config)
         self.ema = WeightAverage(self.model, config.model_ema_decay) if config.model_ema else None
-        self.forward = self._wrapped()
+        self.forward = parallel.wrapped(self.model, config, self.world, device)
+        self.objective = Objective(self.model, config)
         self.optimizer = GuardedAdamW(model, config, loss_scaling=dtype == "fp16")
         self.noise_key = torch.tensor([mix(config.seed, self.world.rank), 0], device=device)
         self.means = RunningMeans(PARTS, device)
@@ -126,13 +128,14 @@ class Trainer:
             closing(iter(self.loader)) as batches,
             self.recovery,
         ):
+            stream = accumulation.joined(batches, self.config.accum_freq)
             stop = StopAgreement()
             going = self.evaluate_if_due()
             self.journal.clock.restart()
             while going and self.step < self.steps and not stop.reached(self.interruption.signal is not None):
                 warm = self.step >= first + WARM_UP_STEPS
                 self.watchdog.at(self.step, "data" if warm else "warm-up")
-                batch = self.journal.clock.next(batches)
+                batch = self.journal.clock.next(stream)
                 self.watchdog.at(self.step, "step" if warm else "warm-up")
                 with self.profiler.step(self.step):
                     self.train_step(batch)
@@ -146,9 +149,15 @@ class Trainer:
         """One step of optimisation. The host starts work and never waits for a result."""
         self.last_batch = batch
         self.optimizer.remember_statistics()
-        losses, encoded = self.forward_pass(batch, self.forward, self.step)
-        norm, bad = self.optimizer.step(losses[0], self.schedule.rate(self.step))
-        values = [*(loss.detach() for loss in losses), norm, *group_statistics(encoded.areas)]
+        if self.config.accum_freq > 1:
+            losses, areas = self.accumulate(batch)
+        else:
+            losses, encoded = self.forward_pass(batch, self.forward, self.step)
+            areas = encoded.areas
+            self.optimizer.zero_grad()
+            self.optimizer.backward(losses[0])
+        norm, bad = self.optimizer.update(losses[0], self.schedule.rate(self.step))
+        values = [*(loss.detach() for loss in losses), norm, *group_statistics(areas)]
         self.means.add(values, bad)
         if self.ema:
             self.ema.update(self.model, bad, self.step)
@@ -158,17 +167,50 @@ class Trainer:
         self, batch: Batch, forward: nn.Module, step: int
     ) -> tuple[tuple[Tensor, Tensor, Tensor], TrainingOutput]:
         """Losses and encodings of a batch as in step `step`: everything random depends on its number."""
-        # after a rewind a step is done again with other data: with other noise as well
-        again = [self.recovery.rewinds] if self.recovery.rewinds else []
-        torch.manual_seed(mix(self.config.seed, self.world.rank, step, *again))
-        self.noise_key[0].fill_(mix(self.config.seed, self.world.rank, *again))
-        self.noise_key[1].fill_(step)
-        noise_key = self.noise_key if self.config.gumbel else None
+        noise_key = self.start_noise(step)
         with autocast(self.device, DTYPES[self.dtype]):
             encoded = forward(
-                batch.images, batch.texts, batch.text_index, noise_key, return_groups=self.match_groups
+                batch.images,
+                packed(batch.texts, self.device, DTYPES[self.dtype]),
+                send(batch.text_index, self.device),
+                noise_key,
+                return_groups=self.objective.match_groups,
             )
         return self.losses(encoded, batch), encoded
+
+    def start_noise(self, step: int, *part: int) -> Tensor | None:
+        """Make drop path and noise depend on seed, rank, step and part of a batch; returns the noise key."""
+        # after a rewind a step is done again with other data: with other noise as well
+        again = [self.recovery.rewinds] if self.recovery.rewinds else []
+        torch.manual_seed(mix(self.config.seed, self.world.rank, step, *again, *part))
+        self.noise_key[0].fill_(mix(self.config.seed, self.world.rank, *again, *part))
+        self.noise_key[1].fill_(step)
+        return self.noise_key if self.config.gumbel else None
+
+    def accumulate(self, batch: Batch) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Gradients of a batch of several, in the memory of one; losses and group areas."""
+
+        def encode(piece: accumulation.Piece) -> Features:
+            noise_key = self.start_noise(self.step, *([piece.number] if piece.number else []))
+            with autocast(self.device, DTYPES[self.dtype]):
+                return self.model.encode(piece.images, piece.texts, noise_key)
+
+        def rest(features: Features) -> tuple[tuple[tuple[Tensor, Tensor, Tensor], Tensor], Tensor]:
+            with autocast(self.device, DTYPES[self.dtype]):
+                index, groups = send(batch.text_index, self.device), self.objective.match_groups
+                losses = self.losses(self.model.project(features, index, return_groups=groups), batch)
+            return (losses, features.areas), self.optimizer.scaled(losses[0])
+
+        self.optimizer.zero_grad()
+        parts = accumulation.pieces(
+            batch.images,
+            batch.texts,
+            self.config.accum_freq,
+            lambda texts: packed(texts, self.device, DTYPES[self.dtype]),
+        )
+        result = accumulation.backward_in_pieces(parts, encode, rest)
+        parallel.average_gradients(self.optimizer.parameters)
+        return result
 
     def after_step(self) -> bool:
         """What is due after a step besides training; returns whether to go on."""
@@ -188,23 +230,8 @@ class Trainer:
         return going
 
     def losses(self, encoded: TrainingOutput, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The total and its two parts, 0-dim float32; the multi-label part is 0 without prompts."""
-        config, model = self.config, self.model
-        labels = None
-        if config.merge_captions or config.multi_label:
-            labels = text_labels(batch.texts, batch.text_index)
-        captions = labels[:, 0] if config.merge_captions else None
-        contrastive = contrastive_loss(encoded.image, encoded.text[:, 0], model.logit_scale, labels=captions)
-        if not config.multi_label:
-            return config.contrastive_weight * contrastive, contrastive, torch.zeros_like(contrastive)
-        multi_label = multi_label_loss(
-            encoded.groups if self.match_groups else encoded.image,
-            encoded.text[:, 1:],
-            labels[:, 1:],
-            model.multi_label_logit_scale,
-        )
-        total = config.contrastive_weight * contrastive + config.multi_label_weight * multi_label
-        return total, contrastive, multi_label
+        """The total and its two parts, 0-dim; the multi-label part is 0 without prompts."""
+        return self.objective(encoded, batch.texts, batch.text_index)
 
     def evaluate_if_due(self) -> bool:
         """Evaluate before the first step, every `eval_every`, and after the last, each once.
@@ -245,18 +272,6 @@ class Trainer:
     def resume(self, folder: Path, warn: Callable[[str], None]) -> None:
         """Continue from a step folder: weights, optimiser, data, counters. Call before `fit`."""
         self.recovery.resume(folder, warn)
-
-    def _wrapped(self) -> nn.Module:
-        """The model as it is called in a step: gradients averaged over processes, compiled if wanted."""
-        model: nn.Module = self.model
-        if self.world.size > 1:
-            if self.device == "cuda":
-                model = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-            devices = [self.world.local_rank] if self.device == "cuda" else None
-            model = nn.parallel.DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True
-            )
-        return torch.compile(model) if self.config.compile else model
 
 
 def mix(*values: int) -> int:

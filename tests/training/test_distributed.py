@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -12,7 +13,13 @@ import pytest
 import torch
 
 from groupvit_fast.training import distributed
-from groupvit_fast.training.losses import contrastive_loss, multi_label_loss, text_labels
+from groupvit_fast.training.losses import (
+    Gathering,
+    contrastive_loss,
+    multi_label_loss,
+    sigmoid_loss,
+    text_labels,
+)
 
 IMAGES, PROMPTS, WIDTH, PROCESSES = 6, 3, 5, 2
 
@@ -27,7 +34,7 @@ def problem():
     return weight, pixels, vocabulary, words
 
 
-def loss_and_gradient(rows: slice):
+def loss_and_gradient(rows: slice, gathering: Gathering = Gathering()):  # noqa: B008
     weight, pixels, vocabulary, words = problem()
     weight.requires_grad_()
     scale = torch.tensor(2.0, requires_grad=True)
@@ -36,10 +43,12 @@ def loss_and_gradient(rows: slice):
     embedded = torch.nn.functional.one_hot(texts, 50).float().sum(1) @ torch.linspace(-1, 1, 200).view(50, 4)
     image, text = pixels[rows] @ weight, embedded[index] * weight.mean(0)
     labels = text_labels(texts, index)
-    loss = contrastive_loss(image, text[:, 0], scale, labels=labels[:, 0])
-    loss = loss + multi_label_loss(image, text[:, 1:], labels[:, 1:], scale)
+    loss = contrastive_loss(image, text[:, 0], scale, labels=labels[:, 0], gathering=gathering)
+    loss = loss + multi_label_loss(image, text[:, 1:], labels[:, 1:], scale, gathering=gathering)
     groups = image[:, None] * torch.linspace(-1, 2, 12).view(3, 4)
-    loss = loss + multi_label_loss(groups, text[:, 1:], labels[:, 1:], scale)
+    loss = loss + multi_label_loss(groups, text[:, 1:], labels[:, 1:], scale, gathering=gathering)
+    bias = scale - 5
+    loss = loss + 0.1 * sigmoid_loss(image, text[:, 1:], labels[:, 1:], scale, bias, gathering=gathering)
     loss.backward()
     return torch.cat([loss.detach()[None], weight.grad.flatten(), scale.grad[None]])
 
@@ -49,12 +58,15 @@ def work(folder: str) -> None:
     rank = int(os.environ["RANK"])
     with distributed.session("cpu") as world:
         share = IMAGES // PROCESSES
-        numbers = loss_and_gradient(slice(rank * share, (rank + 1) * share))
-        distributed.sum_over_processes(numbers)
+        numbers = []
+        for local, with_grad in itertools.product((True, False), repeat=2):
+            rows = slice(rank * share, (rank + 1) * share)
+            found = loss_and_gradient(rows, Gathering(local, with_grad))
+            numbers.append(distributed.sum_over_processes(found) / PROCESSES)
         stop = distributed.StopAgreement()
         stopped_after = next(step for step in range(9) if stop.reached(rank == 1 and step >= 2))
         everything = distributed.on_main(
-            (world.rank, distributed.from_main(f"from {rank}"), stopped_after, numbers / PROCESSES)
+            (world.rank, distributed.from_main(f"from {rank}"), stopped_after, numbers)
         )
         distributed.barrier()
         if world.is_main:
@@ -86,9 +98,19 @@ def result(tmp_path_factory):
 
 
 def test_loss_and_gradients_equal_those_of_the_whole_batch(result):
+    """With gradient through the gather, whether each process compares its own rows or everybody's."""
     expected = loss_and_gradient(slice(None))
-    for *_, numbers in result:
-        torch.testing.assert_close(numbers, expected, atol=1e-6, rtol=1e-6)
+    for *_, (local, _, everybody, _) in result:
+        torch.testing.assert_close(local, expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(everybody, expected, atol=2e-6, rtol=1e-6)
+
+
+def test_without_gradient_through_the_gather_the_loss_is_the_same_and_the_gradient_is_not(result):
+    expected = loss_and_gradient(slice(None))
+    for *_, (_, local, _, everybody) in result:
+        for found in (local, everybody):
+            torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-6)
+            assert (found[1:-1] - expected[1:-1]).abs().max() > 1e-3
 
 
 def test_objects_reach_and_leave_the_main_process(result):
@@ -110,6 +132,59 @@ def test_alone_everything_is_the_identity():
     assert distributed.on_main("x") == ["x"]
     assert distributed.from_main("x") == "x"
     assert distributed.StopAgreement().reached(True)
+
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def test_a_slurm_step_says_who_is_who(monkeypatch):
+    monkeypatch.setattr(distributed.shutil, "which", lambda program: None)
+    environment = dict(SLURM)
+    assert distributed.world_of(environment) == distributed.World(9, 16, 1)
+    assert environment["MASTER_ADDR"] == "gpu003"
+    assert environment["MASTER_PORT"] == str(20_000 + 123456 % 20_000)
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("9", "16", "1")
+    named = SLURM | {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
+    distributed.world_of(named)
+    assert (named["MASTER_ADDR"], named["MASTER_PORT"]) == ("head", "1")
+
+
+def test_torchrun_has_the_last_word_and_a_batch_script_is_alone():
+    torchrun = {"WORLD_SIZE": "8", "RANK": "3", "LOCAL_RANK": "3"}
+    assert distributed.world_of(SLURM | torchrun) == distributed.World(3, 8, 3)
+    script = {"SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
+    assert distributed.world_of(script) == distributed.World()
+    assert distributed.world_of({}) == distributed.World()
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        ("node7", "node7"),
+        ("a,b", "a"),
+        ("gpu[003-007,12],head", "gpu003"),
+        ("rack[1-2]-gpu[05,9]", "rack1-gpu05"),
+        ("n[4]", "n4"),
+        ("login,gpu[1-2]", "login"),
+    ],
+)
+def test_the_first_machine_without_scontrol(monkeypatch, names, first):
+    monkeypatch.setattr(distributed.shutil, "which", lambda program: None)
+    assert distributed.first_machine(names) == first
+
+
+def test_scontrol_is_asked_where_it_is(monkeypatch, tmp_path):
+    program = tmp_path / "scontrol"
+    program.write_text('#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && printf "from-%s\\nother\\n" "$3"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert distributed.first_machine("x[1-2]") == "from-x[1-2]"
 
 
 if __name__ == "__main__":

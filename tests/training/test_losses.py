@@ -12,6 +12,7 @@ from groupvit_fast.training.losses import (
     GROUP_SHARPNESS,
     contrastive_loss,
     multi_label_loss,
+    sigmoid_loss,
     similarity_scale,
     soft_maximum,
     text_labels,
@@ -30,7 +31,7 @@ def plain_contrastive(image, text, scale):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def plain_multi_label(image, prompts, labels, scale):
+def plain_multi_label(image, prompts, labels, scale, dtype=torch.float32):
     """Distinct texts once, soft targets spelled out."""
     image = F.normalize(image, dim=-1)
     places = {}
@@ -38,7 +39,7 @@ def plain_multi_label(image, prompts, labels, scale):
         for column in range(labels.shape[1]):
             places.setdefault(labels[row, column].item(), []).append((row, column))
     texts = F.normalize(torch.stack([prompts[where[0]] for where in places.values()]), dim=-1)
-    owns = torch.zeros(len(image), len(places))
+    owns = torch.zeros(len(image), len(places), dtype=dtype)
     for number, where in enumerate(places.values()):
         for row, _ in where:
             owns[row, number] = 1.0
@@ -148,3 +149,78 @@ def test_labels_of_several_processes_compare_texts_not_rows(monkeypatch):
     assert len(set(ours)) == 3
     assert ours[0] == theirs[1]
     assert ours[2] == theirs[0]
+
+
+def double(*shape: int, seed: int = 0) -> torch.Tensor:
+    return features(*shape, seed=seed).double().requires_grad_()
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_in_pieces_and_whole_are_the_same_to_the_last_gradient(monkeypatch, groups):
+    shape = (9, groups, 5) if groups else (9, 5)
+    image, prompts, scale = double(*shape), double(9, 3, 5, seed=1), SCALE.double().requires_grad_()
+    bias = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(14, (9, 3), generator=torch.Generator().manual_seed(2))
+    found = []
+    for size in (2**24, 7 * 9 * max(groups, 1), 1):
+        monkeypatch.setattr("groupvit_fast.training.losses.SIMILARITIES_AT_ONCE", size)
+        loss = multi_label_loss(image, prompts, labels, scale)
+        loss = loss + sigmoid_loss(image, prompts, labels, scale, bias)
+        found.append([loss, *torch.autograd.grad(loss, (image, prompts, scale, bias))])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-12, atol=1e-13)
+
+
+def test_pieces_keep_no_similarities_for_the_backward_pass(monkeypatch):
+    image, text = double(64, 4), double(64, 4, seed=1)
+    sizes = []
+    for at_once in (2**24, 16 * 64):
+        monkeypatch.setattr("groupvit_fast.training.losses.SIMILARITIES_AT_ONCE", at_once)
+        kept = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = contrastive_loss(image, text, SCALE)
+        sizes.append(sum(kept.values()))
+        del loss
+    assert sizes[0] > 2 * 64 * 64 * 8
+    assert sizes[1] < 64 * 64 * 8
+
+
+@pytest.mark.parametrize(("labels", "images"), [(None, 7), (9, 7), (3, 8)])
+def test_double_precision_agrees_with_the_plain_formulas(labels, images):
+    image, prompts, scale = double(images, 5), double(images, 2, 5, seed=1), SCALE.double()
+    numbers = torch.arange(2 * images).view(images, 2)
+    if labels:
+        numbers = torch.randint(labels, (images, 2), generator=torch.Generator().manual_seed(2))
+        prompts = double(labels, 5, seed=1)[numbers]
+    found = multi_label_loss(image, prompts, numbers, scale)
+    wanted = plain_multi_label(image, prompts, numbers, scale.exp(), dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert found.dtype == torch.float64
+    gradient = [torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(gradient[0], gradient[1], rtol=1e-10, atol=1e-12)
+
+
+def test_sigmoid_loss_is_the_published_one():
+    """-1/B sum over all pairs of log sigmoid(z (t x.y + b)), z = 1 on the diagonal."""
+    image, text, bias = double(6, 5), double(6, 5, seed=1), torch.tensor(-3.0).double()
+    scale = SCALE.double()
+    logits = scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T + bias
+    sign = 2 * torch.eye(6).double() - 1
+    wanted = -F.logsigmoid(sign * logits).sum() / 6
+    found = sigmoid_loss(image, text[:, None], torch.arange(6)[:, None], scale, bias)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_sigmoid_loss_counts_a_text_once_and_knows_it_by_another_row():
+    image, scale, bias = double(3, 5), SCALE.double(), torch.tensor(-3.0).double()
+    table, labels = double(3, 5, seed=1), torch.tensor([[0, 1], [1, 1], [2, 0]])
+    owns = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 1]]).double()
+    logits = scale.exp() * F.normalize(image, dim=1) @ F.normalize(table, dim=1).T + bias
+    wanted = -F.logsigmoid((2 * owns - 1) * logits).sum() / 3
+    found = sigmoid_loss(image, table[labels], labels, scale, bias)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

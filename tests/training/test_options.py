@@ -176,15 +176,16 @@ def test_lists_take_several_words_and_repeats():
 def test_the_list_of_options_is_pinned():
     """A flag that appears or goes is a change of the interface: say so here as well."""
     pinned = """
-        preset model data data_weights allow_missing shard_cache shard_cache_gb data_root shapes_train
-        shapes_val shapes_seed min_crop flip aa color_jitter reprob prompt_templates noun_tags
-        prompt_fill workers steps epochs train_samples batch_size lr lr_batch min_lr warmup_lr
-        warmup_steps warmup_epochs weight_decay beta1 beta2 eps clip_grad layer_decay freeze model_ema
-        model_ema_decay multi_label contrastive_weight multi_label_weight multi_label_match
-        merge_captions gumbel amp amp_dtype compile deterministic max_bad_steps max_rewinds
-        timeout_seconds eval_data eval_dataset eval_protocol eval_background_threshold eval_every
-        save_every keep_checkpoints save_every_minutes log_every report_to profile_steps output resume
-        device seed seed_sweep json quiet
+        preset model data data_weights allow_missing shard_cache shard_cache_gb data_root
+        shapes_train shapes_val shapes_seed min_crop flip aa color_jitter reprob prompt_templates
+        noun_tags prompt_fill workers steps epochs train_samples accum_freq batch_size optimizer lr
+        lr_batch min_lr warmup_lr warmup_steps warmup_epochs weight_decay beta1 beta2 eps clip_grad
+        layer_decay freeze model_ema model_ema_decay multi_label contrastive_weight
+        multi_label_weight multi_label_match merge_captions siglip local_loss gather_with_grad
+        gumbel amp amp_dtype compile cuda_graphs grad_checkpointing deterministic max_bad_steps
+        max_rewinds timeout_seconds eval_data eval_dataset eval_protocol eval_background_threshold
+        eval_every save_every keep_checkpoints save_every_minutes log_every report_to profile_steps
+        dry_run world_size measured output resume device seed seed_sweep json quiet
     """
     assert [field.name for field in dataclasses.fields(TrainConfig)] == pinned.split()
 
