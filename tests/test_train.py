@@ -120,22 +120,6 @@ def test_quiet_leaves_only_the_result(data, tmp_path, capsys):
     assert "mIoU" in out
 
 
-def test_killed_and_resumed_equals_uninterrupted(data, tmp_path, capsys):
-    """kill -9 after the first checkpoint, then `--resume auto`: the same bits and the same metrics."""
-    arguments = [*SMALL, *data, "--steps", "9", "--seed", "5"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(*arguments, "--output", whole) == 0
-    process = start(*arguments, "--output", parts, "--max-bad-steps", "10")
-    wait_for(parts / "checkpoints" / "step_00000003", process)
-    process.kill()
-    process.wait()
-    assert train(*arguments, "--output", parts, "--resume", "auto") == 0
-    assert weights(parts, 9) == weights(whole, 9)
-    assert metrics(parts) == metrics(whole)
-    before = [json.loads((run / "result.json").read_text())["miou_before"] for run in (parts, whole)]
-    assert before[0] == before[1]
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_continue(data, tmp_path, capsys, number, status):
     run = tmp_path / "run"

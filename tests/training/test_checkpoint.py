@@ -136,7 +136,7 @@ class Crash(BaseException):
     """The process dies here."""
 
 
-PIECES = 4
+PIECES = 2
 
 
 class Unbuffered:
@@ -222,7 +222,7 @@ def test_whatever_fails_wherever_a_usable_checkpoint_is_left(tmp_path, monkeypat
         names = {path.name for path in (run / "checkpoints").iterdir()}
         assert names - {"best", ".best-link"} == {"step_00000300"}
         shutil.rmtree(run)
-    assert number > 60
+    assert number > 40
 
 
 def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(run, monkeypatch):

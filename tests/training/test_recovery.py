@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -92,6 +93,40 @@ def test_a_write_that_fails_stops_the_run_at_the_next_step_in_one_line(tmp_path,
     monkeypatch.undo()
     assert steps(tmp_path) == [5]
     assert resumed(tmp_path).step == 5
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for a few checkpoints."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small file system can not be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    """One line, the checkpoints before are whole; with room again the run goes on from the last."""
+    config = replace(CONFIG, steps=60, save_every=2, keep_checkpoints=1)
+    fill = small_disk / "other"
+
+    def grow(batch):
+        free = os.statvfs(small_disk)
+        fill.write_bytes(b"x" * max(free.f_bavail * free.f_bsize - 20_000, 0))
+
+    run = trainer(small_disk / "run", config, Loader({8: grow}))
+    with pytest.raises(
+        UserError, match=r"cannot save the checkpoint of step \d+ in .*No space left on device; the one"
+    ):
+        run.fit()
+    found = checkpoint.find(small_disk / "run", pytest.fail)
+    fill.unlink()
+    again = resumed(small_disk / "run", config=replace(config, steps=12))
+    assert again.recovery.checkpoint == found
+    again.fit()
+    assert steps(small_disk / "run") == [12]
 
 
 def test_the_best_evaluation_is_kept_and_marked(tmp_path):

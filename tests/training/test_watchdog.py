@@ -111,7 +111,7 @@ dog = watchdog.Watchdog(World(), seconds)
 with dog:
     dog.at(5, "data")
     {"" if lines.startswith("seconds") else lines}
-    time.sleep(3)
+    time.sleep(1.6)
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
