@@ -57,8 +57,8 @@ def _bench(name: str, seconds: int, *arguments: str, script: str = "") -> Part:
 CPU_PARTS = (
     _bench("ceilings", 20),
     _bench("kernel_bench", 170, "--full"),
-    _bench("train_bench", 200, "--seconds", "15", "--rounds", "3"),
-    _bench("eval_bench", 120, "--images", "16", "--part", "4", "--seconds", "1"),
+    _bench("train_bench", 240, "--seconds", "10", "--rounds", "3"),
+    _bench("eval_bench", 130, "--images", "16", "--part", "4", "--seconds", "1"),
     _bench("data_bench", 120, "--seconds", "4"),
     _bench("scaling", 110),
     Part("counts", 50, (PYTHON, "benchmarks/counts.py", "--json", "{json}")),
