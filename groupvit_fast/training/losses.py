@@ -223,8 +223,15 @@ def _matching_loss(
             share, per_image, per_text = _label_weights(labels, everyone, place, places, own.dtype)
             # not -inf for a repetition: a piece of nothing else would make its gradient NaN
             weights = (share.log().clamp(min=-1e4),)
-        texts_of_image = _in_pieces(_over_texts, groups, all_texts.flatten(0, 1), scale, *weights)
-        images_of_text = _over_images(text.flatten(0, 1), all_groups, scale)
+        theirs = all_texts.flatten(0, 1)
+        if places == 1 and groups.shape[0] * groups.shape[1] * len(theirs) <= SIMILARITIES_AT_ONCE:
+            # one process compares the same pairs in both directions
+            logits = scale * soft_maximum(groups @ theirs.T)
+            texts_of_image = [(logits + weights[0] if weights else logits).logsumexp(1)]
+            images_of_text = [logits.logsumexp(0)]
+        else:
+            texts_of_image = _in_pieces(_over_texts, groups, theirs, scale, *weights)
+            images_of_text = _over_images(text.flatten(0, 1), all_groups, scale)
         image_loss = (torch.stack(texts_of_image).logsumexp(0) - (per_image * own).sum(1)).mean()
         text_loss = (per_text * (torch.stack(images_of_text).logsumexp(0).view_as(own) - own)).sum()
         return 0.5 * (image_loss + text_loss)
