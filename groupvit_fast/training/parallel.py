@@ -101,6 +101,8 @@ def wrapped(model: GroupViT, config: TrainConfig, world: World, device: str) -> 
     if config.cuda_graphs:
         if device != "cuda":
             raise UserError("--cuda-graphs needs a GPU: it records what is launched on one")
+        if config.accum_freq > 1:
+            raise UserError("--cuda-graphs replays into the same memory, so --accum-freq must be 1 with it")
         # The images always have one shape; the number of texts does not, so they stay outside the graph.
         model.image_encoder.compile(mode="reduce-overhead")
         return forward
