@@ -233,6 +233,7 @@ with warnings.catch_warnings(record=True) as caught:
     from groupvit_fast import build_info, ops
     import groupvit_fast.ops.mask_upsample
     import torch
+    torch.manual_seed(0)
     maps = torch.randn(1, 2, 3, 3, requires_grad=True)
     ops.upsample_masks(maps, (6, 6)).sum().backward()
     labels = ops.decode_masks(maps, torch.tensor([[4, 7]]), (6, 6))

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,6 +25,9 @@ from groupvit_fast.data.augment_dali import augmented
 from groupvit_fast.data.images import IMAGENET_MEAN, IMAGENET_STD
 
 _MEAN, _STD = (255 * np.array(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+# Conditions make DALI parse the graph's source, and CPython 3.11 fails now and then when two threads parse at
+# once (gh-106905). So only augmentation has them, and pipelines are defined one at a time.
+_PARSING = threading.Lock()
 _MOST_BUFFERS = 8  # more than are on their way to the training step
 
 
@@ -49,7 +53,7 @@ def window_fractions(
     return (windows[:, :2] / size).astype(np.float32), (windows[:, 2:] / size).astype(np.float32)
 
 
-@pipeline_def(enable_conditionals=True)
+@pipeline_def
 def _image_pipeline(source, image_size: int, layers: int, device: str, crops_only: bool):
     count = 3 if crops_only else 7 if layers else 4
     encoded, anchor, extent, *rest = fn.external_source(source=source, num_outputs=count, batch=True)
@@ -116,17 +120,20 @@ class ImageDecoder:
         self._source, self._layers = source, layers
         self._ahead: deque[DecodeInput] = deque()
         self._buffers = _Buffers()
-        self._pipeline = _image_pipeline(
-            self._next_input,
-            image_size,
-            0 if self._finish else layers,
-            "mixed" if on_gpu else "cpu",
-            self._finish is not None,
-            batch_size=batch_size,
-            num_threads=num_threads,
-            device_id=device.index if on_gpu else None,
-            prefetch_queue_depth=prefetch,
-        )
+        layers_in_dali = 0 if self._finish else layers
+        with _PARSING:
+            self._pipeline = _image_pipeline(
+                self._next_input,
+                image_size,
+                layers_in_dali,
+                "mixed" if on_gpu else "cpu",
+                self._finish is not None,
+                enable_conditionals=layers_in_dali > 0,
+                batch_size=batch_size,
+                num_threads=num_threads,
+                device_id=device.index if on_gpu else None,
+                prefetch_queue_depth=prefetch,
+            )
         self._pipeline.build()
 
     def _next_input(self) -> tuple:
