@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,11 +22,9 @@ from nvidia.dali import fn, pipeline_def, types
 from groupvit_fast.data.augment import Layers, erase
 from groupvit_fast.data.augment_dali import augmented
 from groupvit_fast.data.images import IMAGENET_MEAN, IMAGENET_STD
+from groupvit_fast.data.parsing import PARSING
 
 _MEAN, _STD = (255 * np.array(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
-# Conditions make DALI parse the graph's source, and CPython 3.11 fails now and then when two threads parse at
-# once (gh-106905). So only augmentation has them, and pipelines are defined one at a time.
-_PARSING = threading.Lock()
 _MOST_BUFFERS = 8  # more than are on their way to the training step
 
 
@@ -121,7 +118,7 @@ class ImageDecoder:
         self._ahead: deque[DecodeInput] = deque()
         self._buffers = _Buffers()
         layers_in_dali = 0 if self._finish else layers
-        with _PARSING:
+        with PARSING:  # conditions are parsed, so only augmentation has them
             self._pipeline = _image_pipeline(
                 self._next_input,
                 image_size,

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import threading
 import zipfile
 from pathlib import Path
 
@@ -18,11 +17,9 @@ import numpy as np
 
 from groupvit_fast.console import write_bytes_atomically
 from groupvit_fast.data.index_nouns import noun_arrays, read_nouns
+from groupvit_fast.data.parsing import PARSING
 from groupvit_fast.data.scan import COLUMNS, ShardIndex
 
-# NumPy reads the head of an array with Python's parser, and CPython 3.11 fails now and then when two threads
-# parse at once (gh-106905).
-_PARSING = threading.Lock()
 _BLOCK = 512
 _OFFSETS = ("image_offset", "caption_offset")
 
@@ -63,7 +60,7 @@ def load_index(path: Path, tar: Path) -> ShardIndex | None:
     """The index stored at `path`, of whatever state of the tar; None when it is absent or damaged."""
     try:
         # opened here, because np.load leaves a damaged file open
-        with _PARSING, open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+        with PARSING, open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         about = json.loads(arrays["about"].tobytes())
         columns = {name: arrays[name].astype(np.int64) for name in COLUMNS}

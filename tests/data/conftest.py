@@ -1,7 +1,9 @@
 """Tiny shards made on the spot."""
 
 import io
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from PIL import Image
 from groupvit_fast.data import scan as scan_module
 from groupvit_fast.data.shards import Pair, write_shards
 from groupvit_fast.data.text import token_row
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
 

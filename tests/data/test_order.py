@@ -10,26 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from loading import make_loader, take
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import sampling
 from groupvit_fast.data.augment import Augmentation, RandAugment
-from groupvit_fast.data.pipeline import TrainLoader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def make_loader(shards, **options):
-    options = {"batch_size": 8, "image_size": 16, "num_threads": 1, "quiet": True} | options
-    return TrainLoader(shards, **options)
-
-
-def take(loader, count):
-    iterator = iter(loader)
-    try:
-        return list(itertools.islice(iterator, count))
-    finally:
-        iterator.close()
 
 
 @pytest.mark.parametrize("per_shard", [1, 7, 45])

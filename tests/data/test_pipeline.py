@@ -1,4 +1,3 @@
-import itertools
 import logging
 import os
 import random
@@ -9,27 +8,13 @@ from collections import Counter
 
 import pytest
 import torch
+from loading import make_loader, take
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import batches, sampling, text
 from groupvit_fast.data.augment import Augmentation, RandAugment
-from groupvit_fast.data.pipeline import TrainLoader
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-def make_loader(shards, **options):
-    options = {"batch_size": 8, "image_size": 16, "num_threads": 1, "quiet": True} | options
-    return TrainLoader(shards, **options)
-
-
-def take(loader, count):
-    """The next `count` batches, with the loader's thread ended."""
-    iterator = iter(loader)
-    try:
-        return list(itertools.islice(iterator, count))
-    finally:
-        iterator.close()
 
 
 def texts_of(taken):

@@ -9,6 +9,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from loading import take
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data import batches, remote
@@ -82,14 +83,6 @@ def shards(make_shards, server):
 def make_loader(spec, cache, **options):
     options = {"batch_size": 10, "image_size": 8, "num_threads": 1, "quiet": True} | options
     return TrainLoader(spec, shard_cache=cache, **options)
-
-
-def take(loader, count):
-    iterator = iter(loader)
-    try:
-        return list(itertools.islice(iterator, count))
-    finally:
-        iterator.close()
 
 
 def test_remote_batches_equal_local_ones(server, shards, tmp_path):
