@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import eval_photos
@@ -83,8 +84,8 @@ def reference_loop(model: torch.nn.Module, dataset: VocFolder, chosen) -> Tensor
     return areas[0] / (areas[1] + areas[2] - areas[0])
 
 
-def whole_evaluation(args, device: str, folder: Path) -> list[Row]:
-    """Both evaluations over the photos in turns; a row each, time for an image."""
+def whole_evaluation(args, device: str, folder: Path) -> Iterator[list[Row]]:
+    """Both evaluations over the photos in turns; a row each, time for an image. Given after every turn."""
     dataset = VocFolder(folder)
     model = ColourGroups(create_model(args.preset, seed=0)).eval().to(device)
     chosen = protocol(args.protocol)
@@ -101,8 +102,8 @@ def whole_evaluation(args, device: str, folder: Path) -> list[Row]:
             print(f"  {name}: {len(part) / seconds:.2f} images/s", flush=True)
         if args.precision == "fp32" and not torch.allclose(*ious.values(), atol=2e-3, equal_nan=True):
             raise UserError(f"IoUs differ: {ious}")
-    timings = {name: Timing.of(values) for name, values in samples.items()}
-    return timing_rows("evaluation, an image", args.protocol, timings, items=1, unit="images")
+        timings = {name: Timing.of(values) for name, values in samples.items()}
+        yield timing_rows("evaluation, an image", args.protocol, timings, items=1, unit="images")
 
 
 def contenders(args, model, dataset, chosen, resolved) -> dict[str, Callable[[], Tensor]]:
@@ -130,12 +131,11 @@ def check_labels(model, dataset, items, chosen) -> None:
         raise UserError(f"only {same} of {total} pixels have the label of the reference")
 
 
-def decoding(args, device: str, folder: Path) -> list[Row]:
-    """From encoded windows of one 500 x 375 photo to its labels: time and peak memory."""
+def decoding(args, device: str, folder: Path) -> Iterator[list[Row]]:
+    """From encoded windows of one 500 x 375 photo to its labels: time and peak memory, case by case."""
     dataset = VocFolder(folder)
     image = next(image for image, _ in map(dataset.read, dataset.items) if image.shape[:2] == (375, 500))
     model = ColourGroups(create_model(args.preset, seed=0)).eval().to(device)
-    rows = []
     for case, (classes, threshold) in CLASSES.items():
         chosen = replace(protocol(args.protocol), background_threshold=threshold)
         chosen = replace(chosen, short_side=chosen.short_side or model.config.image.image_size)
@@ -147,8 +147,7 @@ def decoding(args, device: str, folder: Path) -> list[Row]:
         regions = len(found.unique())
         timings = stopwatch.interleaved(runs, device, seconds=args.seconds, clock=args.clock)
         peaks = {name: stopwatch.peak_memory(run, device) for name, run in runs.items()}
-        rows += timing_rows("decoding, 500 x 375", case, timings, peak_bytes=peaks, labels_seen=regions)
-    return rows
+        yield timing_rows("decoding, 500 x 375", case, timings, peak_bytes=peaks, labels_seen=regions)
 
 
 def decoders(model, image: Tensor, text: ClassText, chosen) -> dict[str, Callable[[], Tensor]]:
@@ -182,20 +181,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     print(one_line(describe(device)))
-    rows: list[Row] = []
+    parts = {"decode": decoding, "whole": whole_evaluation}
+    settings = {"images": args.images, "preset": args.preset, "protocol": args.protocol}
+    settings |= {"precision": args.precision, "part": args.part, "clock": args.clock}
+    cases: dict[tuple[str, str], list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
         eval_photos.make_photos(Path(folder), args.images)
-        if args.only != "whole":
-            rows += decoding(args, device, Path(folder))
-        if args.only != "decode":
-            rows += whole_evaluation(args, device, Path(folder))
-    print(f"{'':<35}{'reference':>13}{'ours':>12}{'':>11}{'peak memory of tensors':>32}")
-    for case in dict.fromkeys((row["name"], row["case"]) for row in rows):
-        print(line([row for row in rows if (row["name"], row["case"]) == case]))
-    if args.json:
-        settings = {"images": args.images, "preset": args.preset, "protocol": args.protocol}
-        settings |= {"precision": args.precision, "part": args.part, "clock": args.clock}
-        write_result(args.json, "eval_bench", rows, device=device, **settings)
+        for name, part in parts.items():
+            if args.only not in (None, name):
+                continue
+            for rows in part(args, device, Path(folder)):
+                if not cases:
+                    print(f"{'':<35}{'reference':>13}{'ours':>12}{'':>11}{'peak memory of tensors':>32}")
+                cases[rows[0]["name"], rows[0]["case"]] = rows  # a later turn's rows take the place
+                print(line(rows), flush=True)
+                if args.json:  # after each: a run that is cut off keeps what it had
+                    done = list(chain.from_iterable(cases.values()))
+                    write_result(args.json, "eval_bench", done, device=device, **settings)
     return 0
 
 

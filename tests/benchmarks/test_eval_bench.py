@@ -51,3 +51,15 @@ def test_different_labels_are_no_benchmark(monkeypatch, capsys, part, message):
     captured = capsys.readouterr()
     assert message in captured.err
     assert "ours" not in captured.out
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_had(monkeypatch, tmp_path):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_bench, "whole_evaluation", stopped)
+    path = tmp_path / "bench.json"
+    with pytest.raises(KeyboardInterrupt):
+        eval_bench.main([*WORDS, "--json", str(path)])
+    cases = [row["case"] for row in json.loads(path.read_text())["rows"]]
+    assert list(dict.fromkeys(cases)) == list(eval_bench.CLASSES)
