@@ -1,7 +1,8 @@
 """What plain PyTorch code does in place of the operators: the baselines of the benchmark.
 
 `assign` and `attention` follow the published training code step by step, `decode` the published evaluation of
-one window: correct, readable, and one kernel per line.
+one window: correct, readable, and one kernel per line. The blocks put them between the layers of ours, so
+that both read the same weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from groupvit_fast.model.grouping import CrossAttention, GroupingBlock, TokenAssignment
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention written out, [B,H,S,D] x [B,H,L,D]."""
@@ -17,17 +20,53 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return logits.softmax(dim=-1) @ value
 
 
-def assign(query: Tensor, key: Tensor, value: Tensor, tau: float = 1.0, eps: float = 1.0) -> Tensor:
-    """Straight-through Gumbel-softmax over the groups, then the mean of each group."""
+def assign(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tau: float = 1.0,
+    eps: float = 1.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Straight-through Gumbel-softmax over the groups, then the mean of each group; noise None: drawn."""
     logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-    zero, one = (torch.tensor(number, device=logits.device, dtype=logits.dtype) for number in (0.0, 1.0))
-    noise = torch.distributions.gumbel.Gumbel(zero, one).sample(logits.shape)
+    if noise is None:
+        zero, one = (torch.tensor(number, device=logits.device, dtype=logits.dtype) for number in (0.0, 1.0))
+        noise = torch.distributions.gumbel.Gumbel(zero, one).sample(logits.shape)
     soft = ((logits + noise) / tau).softmax(dim=-2)
     index = soft.max(dim=-2, keepdim=True)[1]
     hard = torch.zeros_like(logits).scatter_(-2, index, 1.0)
     share = hard - soft.detach() + soft
     share = share / (share.sum(dim=-1, keepdim=True) + eps)
     return share @ value
+
+
+def assign_block(
+    block: TokenAssignment, tokens: Tensor, image: Tensor, noise: Tensor | None = None
+) -> Tensor:
+    """Projections of query, key and value, the assignment, the projection of the output: [B,S,C]."""
+    query, key, value = block.query(tokens), block.key(image), block.value(image)
+    return block.out(assign(query, key, value, block.tau, block.eps, noise))
+
+
+def grouping_block(
+    block: GroupingBlock, tokens: Tensor, image: Tensor, noise: Tensor | None = None
+) -> Tensor:
+    """The whole grouping block: group tokens [B,T,C] and image tokens [B,L,C] -> groups [B,S,C]."""
+    image = block.norm_image(image)
+    tokens = block.norm_mixed(block.token_mixer(block.norm_tokens(tokens)))
+    before = block.pre_assign
+    tokens = tokens + cross_attention(before.attention, tokens, image)
+    tokens = before.norm_post(tokens + before.mlp(before.norm2(tokens)))
+    tokens = tokens + assign_block(block.assignment, tokens, image, noise)
+    return tokens + block.mlp(block.norm_groups(tokens))
+
+
+def cross_attention(block: CrossAttention, tokens: Tensor, image: Tensor) -> Tensor:
+    """Multi-head attention of the group tokens to the image tokens, with its projections."""
+    query = block.query(tokens).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+    key, value = block.key_value(image).unflatten(-1, (2, block.heads, -1)).permute(2, 0, 3, 1, 4)
+    return block.out(attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Time the operators against plain PyTorch, after checking that they compute the same.
+"""Time the operators, and the blocks they are in, against plain PyTorch, after checking that both agree.
 
     python benchmarks/kernel_bench.py            official shapes at 224 px, a minute on two cores
     python benchmarks/kernel_bench.py --full     448 px as well, and torch.compile of the plain code
@@ -18,6 +18,7 @@ import plots
 import stopwatch
 import sweep
 import torch
+from block_cases import official_blocks
 from cases import Case, official_cases
 from machine import Row, describe, one_line, timing_rows, write_result
 
@@ -123,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"dtype": str(dtype), "clock": arguments.clock, "copy_bytes_per_s": bandwidth}
     compiled = arguments.compile or arguments.full or device == "cuda"
     settings = {"compiled": compiled, "seconds": arguments.seconds, "clock": arguments.clock}
-    for make in official_cases(device, dtype, full=arguments.full or device == "cuda"):
+    full = arguments.full or device == "cuda"
+    for make in (*official_cases(device, dtype, full=full), *official_blocks(device, dtype)):
         case = make()
         if arguments.only and arguments.only not in case.operator:
             continue

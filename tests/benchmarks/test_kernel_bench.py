@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from groupvit_fast import ops
-from groupvit_fast.console import run_command
+from groupvit_fast.console import UserError, run_command
 from groupvit_fast.ops import library
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import block_cases
 import cases
+import eager
 import kernel_bench
 import sdpa
 import stopwatch
@@ -34,7 +38,12 @@ def _small(monkeypatch):
             lambda: cases.decode_case(1, 5, (7, 7), (20, 20), device, dtype),
         ]
 
+    def small_blocks(device, dtype):
+        makers = (block_cases.assign_block_case, block_cases.grouping_block_case)
+        return [lambda make=make: make(2, 8, 30, 32, device, dtype) for make in makers]
+
     monkeypatch.setattr(kernel_bench, "official_cases", small_cases)
+    monkeypatch.setattr(kernel_bench, "official_blocks", small_blocks)
     monkeypatch.setattr(stopwatch, "copy_bandwidth", lambda device, clock: 1e10)
 
 
@@ -45,7 +54,9 @@ def test_every_operator_gets_a_row_per_pass(tmp_path, capsys):
     own = [row for row in rows if row["contender"] == "ours"]
     both = ("forward", "forward+backward")
     wanted = [f"{name} {p}" for name in ("group_attention", "gumbel_assign", "upsample_masks") for p in both]
-    assert [row["name"] for row in own] == [*wanted, "decode_masks forward"]
+    wanted.append("decode_masks forward")
+    wanted += [f"{name} {p}" for name in ("assign_block", "grouping_block") for p in both]
+    assert [row["name"] for row in own] == wanted
     table = capsys.readouterr().out.splitlines()
     assert len({len(line) for line in table[-len(own) :]}) == 1  # aligned
     eager = {row["name"]: row for row in rows if row["contender"] == "eager"}
@@ -65,6 +76,23 @@ def test_a_wrong_kernel_is_an_error_not_a_number(monkeypatch, tmp_path, capsys):
     assert run_command(kernel_bench.main, arguments) == 1
     assert "error: group_attention output: error" in capsys.readouterr().err
     assert not path.exists()
+
+
+@pytest.mark.parametrize("forgotten", ["key", "value"])
+def test_a_block_that_forgets_a_bias_gets_no_time(forgotten, monkeypatch):
+    case = block_cases.assign_block_case(2, 8, 30, 32, "cpu", torch.float32)
+    case.check()
+    plain = eager.assign_block
+
+    def without(block, *tensors):
+        layer = getattr(block, forgotten)
+        layers = SimpleNamespace(**block._modules, tau=block.tau, eps=block.eps)
+        setattr(layers, forgotten, lambda x: F.linear(x, layer.weight, 0 * layer.bias))
+        return plain(layers, *tensors)
+
+    monkeypatch.setattr(eager, "assign_block", without)
+    with pytest.raises(UserError, match="assign_block"):
+        block_cases.assign_block_case(2, 8, 30, 32, "cpu", torch.float32).check()
 
 
 def test_bytes_are_those_of_the_tensors():
