@@ -57,8 +57,13 @@ class Piece:
 
 
 def pieces(images: Tensor, texts: Tensor, count: int, pack: Callable[[Tensor], Any]) -> list[Piece]:
-    """`count` parts of about equal size, or fewer if there are not as many images or texts."""
-    count = min(count, len(images), len(texts))
+    """`count` parts of about equal size, or fewer if there are not as many images.
+
+    The number follows from that of the images alone, so all processes have it: with sharded weights each part
+    is a message. Where texts are fewer, the last is repeated; nothing refers to the repetitions.
+    """
+    count = min(count, len(images))
+    texts = torch.cat([texts, texts[-1:].expand(max(0, count - len(texts)), -1)])
     parts = zip(images.tensor_split(count), texts.tensor_split(count), strict=True)
     return [Piece(number, part, pack(rows)) for number, (part, rows) in enumerate(parts)]
 

@@ -33,6 +33,7 @@ from groupvit_fast.model.checkpoint_files import read_checkpoint
 from groupvit_fast.model.checkpoint_write import our_files, write_file
 from groupvit_fast.model.groupvit import GroupViT
 from groupvit_fast.model.presets import ModelConfig
+from groupvit_fast.training.sharding import fill
 
 SUMS = "SHA256SUMS"
 STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -182,7 +183,7 @@ def load_weights(folder: Path, model: GroupViT, *, ema: bool = False) -> bool:
             f"{folder} holds another model: its {name} is {there[name]}, here it is {here[name]}{more}; "
             "resume with the preset and --model settings it was trained with"
         )
-    model.load_state_dict(saved.state)
+    fill(model, saved.state)
     return True
 
 

@@ -123,6 +123,9 @@ class TrainConfig:
         choices=("auto", "bf16", "fp16", "float32"),
     )
     compile: bool = option(False, "compile the model with torch.compile (needs a C++ compiler at run time)")
+    fsdp: bool = option(
+        False, "several processes: shard weights, gradients and moments over them (FSDP2) instead of copying"
+    )
     cuda_graphs: bool = option(False, "record the image encoder's kernels once and replay them (GPU only)")
     grad_checkpointing: list[str] = option(
         [],

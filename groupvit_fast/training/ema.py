@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from groupvit_fast.training.sharding import own
+
 
 class WeightAverage:
     """`model` holds average = decay * average + (1 - decay) * weights; running statistics are those of today.
@@ -23,7 +25,7 @@ class WeightAverage:
     def update(self, model: nn.Module, bad: Tensor, step: int) -> None:
         """Move towards `model` after its update of step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        average, weights = list(self.model.parameters()), list(model.parameters())
+        average, weights = ([own(one) for one in each.parameters()] for each in (self.model, model))
         difference = torch._foreach_sub(weights, average)
         torch._foreach_mul_(difference, (1 - decay) * (1 - bad))
         torch._foreach_add_(average, difference)

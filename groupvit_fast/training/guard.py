@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from groupvit_fast.console import UserError
+from groupvit_fast.model.groupvit import GroupViT
 from groupvit_fast.training.distributed import from_main, on_main
+from groupvit_fast.training.sharding import whole_model
 
 if TYPE_CHECKING:
     from groupvit_fast.training.trainer import Batch, Trainer
@@ -61,11 +63,12 @@ def check(trainer: Trainer, in_a_row: int) -> None:
 
 def diagnose(trainer: Trainer) -> list[Finding]:
     """Repeat the last step on every process; the findings, in order of rank, reach all of them."""
-    finding = find(trainer, trainer.last_batch)
+    model = whole_model(trainer.model)
+    finding = find(trainer, trainer.last_batch, model)
     everyone = from_main(on_main(finding))
     culprits = [one.rank for one in earliest(everyone)] or [0]
     if trainer.world.rank in culprits:
-        finding = dataclasses.replace(finding, bundle=str(save_bundle(trainer)))
+        finding = dataclasses.replace(finding, bundle=str(save_bundle(trainer, model)))
     return from_main(on_main(finding))
 
 
@@ -75,7 +78,7 @@ def earliest(findings: list[Finding]) -> list[Finding]:
     return [one for one in bad if one.order == min(other.order for other in bad)]
 
 
-def find(trainer: Trainer, batch: Batch) -> Finding:
+def find(trainer: Trainer, batch: Batch, model: GroupViT) -> Finding:
     """Look for the first number that is not finite: pixels, then modules, loss parts and gradients in turn.
 
     Every process goes all the way, because losses wait for each other. The gradients are those of this
@@ -83,10 +86,10 @@ def find(trainer: Trainer, batch: Batch) -> Finding:
     """
     rank, names = trainer.world.rank, trainer.loader.sample_names()
     rows = (~batch.images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-    trainer.model.zero_grad(set_to_none=True)
-    buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
-    with _watched(trainer.model) as seen:
-        losses = trainer.forward_pass(batch, trainer.model, trainer.step - 1)[0]
+    model.zero_grad(set_to_none=True)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with _watched(model) as seen:
+        losses = trainer.forward_pass(batch, model, trainer.step - 1)[0]
         for part, value in zip(reversed(PARTS), reversed(losses), strict=True):
             seen(value, part, LOSS)
         losses[0].backward()
@@ -137,7 +140,7 @@ def _watched(model: nn.Module) -> Iterator[_Seen]:
             handle.remove()
 
 
-def save_bundle(trainer: Trainer) -> Path:
+def save_bundle(trainer: Trainer, model: GroupViT) -> Path:
     """Everything that the last step depends on, in one file that `replay.replay` runs again."""
     batch, world = trainer.last_batch, trainer.world
     folder = trainer.output / "replay"
@@ -151,8 +154,8 @@ def save_bundle(trainer: Trainer) -> Path:
             "rewinds": trainer.recovery.rewinds,
             "dtype": trainer.dtype,
             "config": {name: str(v) if isinstance(v, Path) else v for name, v in config.items()},
-            "model": trainer.model.config.to_dict(),
-            "weights": {name: value.cpu() for name, value in trainer.model.state_dict().items()},
+            "model": model.config.to_dict(),
+            "weights": {name: value.cpu() for name, value in model.state_dict().items()},
             "batch": {name: getattr(batch, name).cpu() for name in ("images", "texts", "text_index")},
             "samples": list(trainer.loader.sample_names()),
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from groupvit_fast.console import UserError
+from groupvit_fast.training import sharding
 from groupvit_fast.training.apex import ApexOptimizer
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import sum_over_processes
@@ -119,12 +121,15 @@ class GuardedAdamW:
 
     def __init__(self, model: nn.Module, config: TrainConfig, *, loss_scaling: bool = False) -> None:
         groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        for group in groups:
+            group["params"] = [sharding.trainable(parameter) for parameter in group["params"]]
+        self.own = [parameter for group in groups for parameter in group["params"]]
         settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
         if config.optimizer == "adamw":
             self.adamw = torch.optim.AdamW(groups, fused=True, **settings)
         else:
             self.adamw = ApexOptimizer(config.optimizer, groups, **settings)
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.clip_grad = config.clip_grad
@@ -145,7 +150,8 @@ class GuardedAdamW:
         return self.update(loss, rate)
 
     def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, times the loss scale that `update` divides by."""
@@ -156,8 +162,11 @@ class GuardedAdamW:
 
     def update(self, loss: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """Update with the gradients that are there; returns what `step` does. `loss` is only looked at."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self.loss_scale
+        for parameter, mine in zip(self.parameters, self.own, strict=True):
+            mine.grad = None if parameter.grad is None else sharding.own(parameter.grad)
+        live = [parameter for parameter in self.parameters if parameter.grad is not None]
+        gradients = [sharding.own(parameter.grad) for parameter in live]
+        norm = sharding.total_norm(gradients, live) / self.loss_scale
         bad = 1.0 - (norm.isfinite() & loss.detach().isfinite()).float()
         bad = sum_over_processes(bad).clamp(max=1.0)
         divisor = self.loss_scale
@@ -198,11 +207,27 @@ class GuardedAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         counters = {name: getattr(self, name) for name in self._counters}
-        return {"adamw": self.adamw.state_dict(), **counters}
+        adamw = self._with_moments(self.adamw.state_dict(), sharding.whole)
+        return {"adamw": adamw, **counters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state["adamw"])
+        self.adamw.load_state_dict(
+            self._with_moments(state["adamw"], lambda value, like: sharding.own(sharding.cut(value, like)))
+        )
         for name in self._counters:
             setattr(self, name, state[name].to(self.loss_scale.device))
+
+    def _with_moments(
+        self, state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """`state` of the optimiser with `change(moment, parameter)` in place of each moment."""
+        moments = {
+            number: {
+                name: change(value, self.parameters[number]) if name != "step" else value
+                for name, value in values.items()
+            }
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": moments}
 
     _counters = ("loss_scale", "good_steps", "bad_steps", "bad_in_a_row")

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from groupvit_fast.console import UserError
 from groupvit_fast.model.groupvit import GroupViT
+from groupvit_fast.training import sharding
 from groupvit_fast.training.apex import use_fused_layer_norm
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import World, sum_over_processes, sum_with_grad, world_size
@@ -67,10 +68,14 @@ def _synced(norm: nn.BatchNorm1d) -> SyncedBatchNorm:
     return synced
 
 
-def prepare(model: GroupViT, config: TrainConfig) -> None:
-    """Layers as `config` wants them, before the optimiser is made."""
+def prepare(model: GroupViT, config: TrainConfig, world: World) -> None:
+    """Layers as `config` wants them, with the weights of the main process, before the optimiser is made."""
     checkpoint_stages(model, config.grad_checkpointing)
     prepare_norms(model, config)
+    if world.size > 1:
+        synchronise_batch_norms(model)
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def prepare_norms(model: nn.Module, config: TrainConfig) -> None:
@@ -80,14 +85,13 @@ def prepare_norms(model: nn.Module, config: TrainConfig) -> None:
 
 
 def wrapped(model: GroupViT, config: TrainConfig, world: World, device: str) -> nn.Module:
-    """The model as it is called in a step: compiled if wanted, gradients averaged over processes.
+    """The model as it is called in a step: compiled if wanted, sharded if wanted, or with averaged gradients.
 
-    While gradients are accumulated they are averaged once at the end (`average_gradients`), without DDP.
+    Gradients that neither FSDP nor DDP averages are left to `average_gradients`.
     """
-    if world.size > 1:
-        synchronise_batch_norms(model)
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+    if sharding.wanted(config):
+        sharding.shard(model, config, device)
+        return model
     forward: nn.Module = model
     if world.size > 1 and config.accum_freq == 1:
         devices = [world.local_rank] if device == "cuda" else None
@@ -107,6 +111,16 @@ def wrapped(model: GroupViT, config: TrainConfig, world: World, device: str) -> 
         model.image_encoder.compile(mode="reduce-overhead")
         return forward
     return torch.compile(forward) if config.compile else forward
+
+
+def left_to_average(config: TrainConfig, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Parameters whose gradients are this process's own after the backward pass.
+
+    With DDP none. While gradients are accumulated without FSDP all are, to be averaged once.
+    """
+    if any(map(sharding.sharded, parameters)):
+        return sharding.unsharded(parameters)
+    return parameters if config.accum_freq > 1 else []
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

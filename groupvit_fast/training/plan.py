@@ -8,6 +8,7 @@ that the user names: pairs a second of one device.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from groupvit_fast.console import UserError
 from groupvit_fast.model.groupvit import GroupViT, create_model
 from groupvit_fast.model.packing import pack_texts
 from groupvit_fast.model.presets import ModelConfig
-from groupvit_fast.training import parallel
+from groupvit_fast.training import parallel, sharding
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.flops import training_flops
 from groupvit_fast.training.losses import SIMILARITIES_AT_ONCE
@@ -40,8 +41,10 @@ class Plan:
     parameters: int
     flops_a_step: float
     state_bytes: int
+    gathered_bytes: int
     activation_bytes: int
     loss_bytes: int
+    weight_traffic: int
     gradient_traffic: int
     embedding_traffic: int
     measured_pairs_per_s: float | None
@@ -49,7 +52,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        return self.state_bytes + self.activation_bytes + self.loss_bytes
+        return self.state_bytes + self.gathered_bytes + self.activation_bytes + self.loss_bytes
 
     @property
     def pairs_per_s(self) -> float | None:
@@ -66,8 +69,11 @@ def make_plan(config: TrainConfig) -> Plan:
     model = create_model(settings, seed=0)
     freeze(model, config.freeze)
     parallel.checkpoint_stages(model, config.grad_checkpointing)
-    numbers = [parameter.numel() for parameter in model.parameters()]
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    sharding.refuse(config)
+    if config.fsdp and world > 1:
+        needs = needs_of_shares(model, world, config.accum_freq)
+    else:
+        needs = needs_of_copies(model, world)
     texts = 1 + config.multi_label
     share = config.batch_size * config.accum_freq
     lengths = [CAPTION_TOKENS] + [PROMPT_TOKENS] * config.multi_label
@@ -77,19 +83,71 @@ def make_plan(config: TrainConfig) -> Plan:
         world_size=world,
         global_batch=share * world,
         steps=_steps(config, share * world),
-        parameters=sum(numbers),
+        parameters=_numbers(model.parameters()),
         flops_a_step=share * training_flops(settings, lengths, texts),
-        # weights; gradients and two moments of those that train; all float32
-        state_bytes=4 * sum(numbers) + 12 * trained,
+        state_bytes=needs.state_bytes,
+        gathered_bytes=needs.gathered_bytes,
         activation_bytes=int(config.batch_size * kept_bytes_per_image(model, settings, config.multi_label)),
         loss_bytes=2 * embeddings * world + 4 * _similarities(share, world, texts),
-        # a ring sends every gradient twice, but for the part that is one's own
-        gradient_traffic=int(2 * 4 * trained * (world - 1) / world),
+        weight_traffic=needs.weight_traffic,
+        gradient_traffic=needs.gradient_traffic,
         # features come from everybody, and their gradients go back
         embedding_traffic=2 * embeddings * (world - 1),
         measured_pairs_per_s=rate,
         measured_source=source,
     )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that parameters, gradients and moments take on a process and make it send in a step."""
+
+    state_bytes: int
+    gathered_bytes: int
+    weight_traffic: int
+    gradient_traffic: int
+
+
+def needs_of_copies(model: GroupViT, world: int) -> Needs:
+    """Everything on every process, float32. A ring sends each gradient twice, but for one's own part."""
+    state = 4 * sum(p.numel() * _copies(p) for p in model.parameters())
+    traffic = 2 * 4 * _numbers(model.parameters(), trained=True) * (world - 1) // world
+    return Needs(state_bytes=state, gathered_bytes=0, weight_traffic=0, gradient_traffic=traffic)
+
+
+def needs_of_shares(model: GroupViT, world: int, pieces: int = 1) -> Needs:
+    """With `--fsdp`, float32, for `pieces` of accumulation, on the process with the largest shares.
+
+    Gathered at a time: what belongs to no unit, with its gradients; and of the largest unit the weights, the
+    gradients and the message that these leave in, besides the unit that is fetched meanwhile.
+    """
+    parts = sharding.units(model)
+    inside = {parameter for part in parts for parameter in part.parameters()}
+    rest = [p for p in model.parameters() if p.dim() > 0 and p not in inside]
+    largest = max(_numbers(part.parameters()) for part in parts)
+    # a unit is gathered for each forward and backward pass, the rest once for both; accumulation runs
+    # forward, forward again and backward for each piece, but the projectors once
+    gathers = 2 * _numbers(inside) + _numbers(rest)
+    reductions = _numbers([*inside, *rest], trained=True)
+    if pieces > 1:
+        gathers = 3 * pieces * _numbers(inside) + (1 + pieces) * _numbers(rest)
+        projectors = [*model.image_projector.parameters(), *model.text_projector.parameters()]
+        reductions = pieces * reductions - (pieces - 1) * _numbers(projectors, trained=True)
+    return Needs(
+        state_bytes=4 * sum(sharding.largest_share(p, world) * _copies(p) for p in model.parameters()),
+        gathered_bytes=4 * (_numbers(rest) + _numbers(rest, trained=True) + 4 * largest),
+        weight_traffic=4 * gathers * (world - 1) // world,
+        gradient_traffic=4 * reductions * (world - 1) // world,
+    )
+
+
+def _copies(parameter: torch.Tensor) -> int:
+    """Weight, gradient and two moments; of a frozen parameter the weight."""
+    return 4 if parameter.requires_grad else 1
+
+
+def _numbers(parameters: Iterable[torch.Tensor], *, trained: bool = False) -> int:
+    return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
 def kept_bytes_per_image(model: GroupViT, settings: ModelConfig, prompts: int) -> float:
@@ -116,6 +174,9 @@ def kept_bytes_per_image(model: GroupViT, settings: ModelConfig, prompts: int) -
 def text(plan: Plan, config: TrainConfig) -> str:
     """The plan for people."""
     share = config.batch_size * config.accum_freq
+    sharded = plan.gathered_bytes > 0
+    gathered = f"{plan.gathered_bytes / GIB:.2f} of them gathered at a time; " if sharded else ""
+    weights = f"{plan.weight_traffic / 1e6:.0f} MB of weights, " if sharded else ""
     lines = [
         f"preset {config.preset} on {plan.world_size} processes; nothing was started",
         f"global batch   {plan.global_batch} pairs: {config.batch_size} x {config.accum_freq} batches a step "
@@ -125,16 +186,16 @@ def text(plan: Plan, config: TrainConfig) -> str:
         f"arithmetic     {plan.flops_a_step / 1e12:.2f} TFLOP a step and process (captions of "
         f"{CAPTION_TOKENS} tokens, prompts of {PROMPT_TOKENS})",
         f"memory         {plan.memory_bytes / GIB:.1f} GiB a process: {plan.state_bytes / GIB:.2f} weights, "
-        f"gradients, moments; {plan.activation_bytes / GIB:.2f} activations of a batch in float32 (about "
-        f"half with --amp); {plan.loss_bytes / GIB:.2f} losses",
-        f"network        {plan.gradient_traffic / 1e6:.0f} MB of gradients and "
+        f"gradients, moments; {gathered}{plan.activation_bytes / GIB:.2f} activations of a batch in float32 "
+        f"(about half with --amp); {plan.loss_bytes / GIB:.2f} losses",
+        f"network        {weights}{plan.gradient_traffic / 1e6:.0f} MB of gradients and "
         f"{plan.embedding_traffic / 1e6:.0f} MB of embeddings a step and process",
     ]
     if plan.pairs_per_s is None:
         lines.append("speed          unknown: give --measured, a result of benchmarks/train_bench.py")
         return "\n".join(lines)
     seconds = share / plan.measured_pairs_per_s
-    traffic = plan.gradient_traffic + plan.embedding_traffic
+    traffic = plan.weight_traffic + plan.gradient_traffic + plan.embedding_traffic
     lines += [
         f"speed          at most {plan.pairs_per_s:.0f} pairs/s: {plan.measured_pairs_per_s:.1f} of one "
         f"device ({plan.measured_source}) x {plan.world_size}; a step then takes {seconds:.3f} s",

@@ -14,6 +14,7 @@ import torch
 from groupvit_fast.training import checkpoint
 from groupvit_fast.training.checkpoint import Snapshot
 from groupvit_fast.training.distributed import from_main, on_main
+from groupvit_fast.training.sharding import whole_state
 
 if TYPE_CHECKING:
     from groupvit_fast.training.trainer import Trainer
@@ -85,8 +86,9 @@ class Recovery:
         trainer = self.trainer
         ranks = on_main({"loader": trainer.loader.state_dict(), "means": trainer.means.sums.cpu()})
         trainer.journal.saved = time.monotonic()
-        if trainer.world.is_main:
-            snapshot, best = self._snapshot(ranks), self.best_step()
+        snapshot = self._snapshot(ranks)
+        if snapshot:
+            best = self.best_step()
             keep = trainer.config.keep_checkpoints
             self.work.start(lambda: checkpoint.save(self.root, snapshot, keep=keep, best=best))
         self.checkpoint = checkpoint.step_folder(self.root, trainer.step)
@@ -167,21 +169,26 @@ class Recovery:
             trainer.ema.model.load_state_dict(trainer.model.state_dict())
         return state
 
-    def _snapshot(self, ranks: list[dict[str, Any]]) -> Snapshot:
+    def _snapshot(self, ranks: list[dict[str, Any]]) -> Snapshot | None:
+        """What is written, on the main process; the others hand in their shares and get nothing."""
         trainer = self.trainer
+        weights = whole_state(trainer.model)
+        averaged = whole_state(trainer.ema.model) if trainer.ema else None
+        optimizer = trainer.optimizer.state_dict()
+        if not trainer.world.is_main:
+            return None
         state = {
             "step": trainer.step,
             "world_size": trainer.world.size,
             "dtype": trainer.dtype,
-            "optimizer": trainer.optimizer.state_dict(),
+            "optimizer": optimizer,
             "evaluations": json.dumps(trainer.evaluations),
             "rewinds": self.rewinds,
             "ranks": ranks,
         }
         about = {"preset": trainer.config.preset, "step": trainer.step}
-        weights = copied(trainer.model.state_dict())
-        averaged = copied(trainer.ema.model.state_dict()) if trainer.ema else None
-        return Snapshot(trainer.step, trainer.model.config, weights, copied(state), about, averaged)
+        weights, state, averaged = copied(weights), copied(state), copied(averaged)
+        return Snapshot(trainer.step, trainer.model.config, weights, state, about, averaged)
 
 
 def score(result: dict[str, Any]) -> float:

@@ -59,7 +59,7 @@ def replay(path: str | Path, *, device: str = "cpu") -> tuple[guard.Finding, lis
         world=World(rank=saved["rank"]),
     )  # fmt: skip
     trainer.step, trainer.recovery.rewinds = saved["step"] + 1, saved["rewinds"]
-    return guard.find(trainer, batch), saved["samples"]
+    return guard.find(trainer, batch, trainer.model), saved["samples"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from groupvit_fast.model.groupvit import Features, GroupViT, TrainingOutput
 from groupvit_fast.model.packing import send
-from groupvit_fast.training import accumulation, guard, parallel
+from groupvit_fast.training import accumulation, guard, parallel, sharding
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.distributed import StopAgreement, World, from_main
 from groupvit_fast.training.ema import WeightAverage
@@ -92,11 +92,14 @@ class Trainer:
             config, steps=self.steps, steps_per_epoch=self.steps_per_epoch, world_size=self.world.size
         )
         freeze(self.model, config.freeze)
-        parallel.prepare(self.model, config)
+        parallel.prepare(self.model, config, self.world)
         self.ema = WeightAverage(self.model, config.model_ema_decay) if config.model_ema else None
         self.forward = parallel.wrapped(self.model, config, self.world, device)
+        if self.ema and sharding.wanted(config):
+            sharding.shard(self.ema.model, config, device)
         self.objective = Objective(self.model, config)
         self.optimizer = GuardedAdamW(model, config, loss_scaling=dtype == "fp16")
+        self.left_to_average = parallel.left_to_average(config, self.optimizer.parameters)
         self.noise_key = torch.tensor([mix(config.seed, self.world.rank), 0], device=device)
         self.means = RunningMeans(PARTS, device)
         self.step = 0
@@ -156,6 +159,7 @@ class Trainer:
             areas = encoded.areas
             self.optimizer.zero_grad()
             self.optimizer.backward(losses[0])
+        parallel.average_gradients(self.left_to_average)
         norm, bad = self.optimizer.update(losses[0], self.schedule.rate(self.step))
         values = [*(loss.detach() for loss in losses), norm, *group_statistics(areas)]
         self.means.add(values, bad)
@@ -208,9 +212,7 @@ class Trainer:
             self.config.accum_freq,
             lambda texts: packed(texts, self.device, DTYPES[self.dtype]),
         )
-        result = accumulation.backward_in_pieces(parts, encode, rest)
-        parallel.average_gradients(self.optimizer.parameters)
-        return result
+        return accumulation.backward_in_pieces(parts, encode, rest)
 
     def after_step(self) -> bool:
         """What is due after a step besides training; returns whether to go on."""
@@ -243,31 +245,39 @@ class Trainer:
         if self.evaluate is None or not due or self.step in self.evaluations:
             return True
         self.watchdog.at(self.step, "evaluation")
+        self.whole = self._whole_models()
         results = from_main(self._evaluated() if self.world.is_main else None)
         if isinstance(results, int):
             self.interruption.signal = results
             return False
         self.evaluations[self.step] = results
         self.journal.evaluation(results)
+        if self.step < self.steps:
+            self.whole = None
         self.recovery.keep_best()
         return True
 
     @property
     def evaluated_model(self) -> GroupViT:
         """The weights that count in the end: the averaged ones if there are any."""
-        return self.ema.model if self.ema else self.model
+        return self.whole[-1]
+
+    def _whole_models(self) -> list[GroupViT]:
+        """The model and its average, if there is one; gathered from all processes if they are sharded."""
+        return [sharding.whole_model(one) for one in (self.model, self.ema and self.ema.model) if one]
 
     def _evaluated(self) -> dict[str, Any] | int:
         """The results, those of averaged weights under `ema`; or the signal that came meanwhile."""
-        self.model.eval()
+        model, *average = self.whole
+        model.eval()
         try:
             with torch.no_grad(), self.interruption.ends():
-                results = self.evaluate(self.model)
-                return results | {"ema": self.evaluate(self.ema.model)} if self.ema else results
+                results = self.evaluate(model)
+                return results | {"ema": self.evaluate(average[0])} if average else results
         except Interrupted:
             return self.interruption.signal
         finally:
-            self.model.train()
+            model.train()
 
     def resume(self, folder: Path, warn: Callable[[str], None]) -> None:
         """Continue from a step folder: weights, optimiser, data, counters. Call before `fit`."""

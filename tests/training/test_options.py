@@ -182,7 +182,7 @@ def test_the_list_of_options_is_pinned():
         lr_batch min_lr warmup_lr warmup_steps warmup_epochs weight_decay beta1 beta2 eps clip_grad
         layer_decay freeze model_ema model_ema_decay multi_label contrastive_weight
         multi_label_weight multi_label_match merge_captions siglip local_loss gather_with_grad
-        gumbel amp amp_dtype compile cuda_graphs grad_checkpointing deterministic max_bad_steps
+        gumbel amp amp_dtype compile fsdp cuda_graphs grad_checkpointing deterministic max_bad_steps
         max_rewinds timeout_seconds eval_data eval_dataset eval_protocol eval_background_threshold
         eval_every save_every keep_checkpoints save_every_minutes log_every report_to profile_steps
         dry_run world_size measured output resume device seed seed_sweep json quiet

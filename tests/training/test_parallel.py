@@ -19,7 +19,7 @@ import torch
 from groupvit_fast.console import UserError
 from groupvit_fast.model.groupvit import create_model
 from groupvit_fast.model.presets import ImageConfig, ModelConfig, TextConfig
-from groupvit_fast.training import accumulation, distributed, parallel
+from groupvit_fast.training import accumulation, distributed, parallel, sharding
 from groupvit_fast.training.config import TrainConfig
 from groupvit_fast.training.trainer import Trainer
 
@@ -95,8 +95,12 @@ def run(folder, config=CONFIG, *, world=None, parts=1, dtype=torch.float32, step
         trainer.train_step(next(batches))
         losses.append(distributed.sum_over_processes(trainer.means.sums[0] - before) / world.size)
         if step == 0:
-            gradient = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-    return torch.stack(losses), gradient, dict(trainer.model.state_dict())
+            gradient = {
+                name: sharding.whole(sharding.own(p.grad), p).clone()
+                for name, p in trainer.model.named_parameters()
+                if p.grad is not None
+            }
+    return torch.stack(losses), gradient, dict(sharding.whole_state(trainer.model))
 
 
 def settled(model, seed):
@@ -136,6 +140,12 @@ def cases():
     yield "accumulated", plain, double, 2
     yield "everybody's loss", replace(plain, local_loss=False), double, 1
     yield "siglip", replace(plain, siglip=True, merge_captions=True), double, 1
+    yield "sharded float32", replace(CONFIG, fsdp=True), torch.float32, 1
+    yield "sharded float64", replace(plain, fsdp=True), double, 1
+    yield "sharded accumulated", replace(plain, fsdp=True), double, 2
+    yield "sharded frozen text", replace(plain, fsdp=True, freeze=["text_encoder"]), double, 1
+    yield "sharded frozen stage", replace(plain, fsdp=True, freeze=["image_encoder.stages.0"]), double, 1
+    yield "sharded checkpointed", replace(plain, fsdp=True, grad_checkpointing=["all"]), double, 1
 
 
 def settings_of(config, dtype):

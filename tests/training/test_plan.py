@@ -43,6 +43,21 @@ def test_numbers_of_a_thousand_processes(tmp_path):
     assert "at most 16384 pairs/s: 16.0 of one device (c, ours, some-gpu) x 1024" in shown
 
 
+def test_sharding_divides_what_is_kept_and_sends_weights_too():
+    copied = plan.make_plan(replace(OFFICIAL, world_size=8))
+    sharded = plan.make_plan(replace(OFFICIAL, world_size=8, fsdp=True))
+    assert sharded.state_bytes == pytest.approx(copied.state_bytes / 8, rel=0.001)
+    assert sharded.gradient_traffic == pytest.approx(copied.gradient_traffic / 2, rel=0.001)
+    # forward and backward for all but projectors, patch embedding, norms and the like
+    assert 1.8 * sharded.gradient_traffic < sharded.weight_traffic < 2 * sharded.gradient_traffic
+    assert sharded.memory_bytes < copied.memory_bytes
+    assert plan.make_plan(replace(OFFICIAL, world_size=1, fsdp=True)).gathered_bytes == 0
+    shown = plan.text(sharded, OFFICIAL)
+    assert re.search(r"weights, gradients, moments; 0\.\d\d of them gathered at a time; ", shown)
+    assert re.search(r"network +\d+ MB of weights, \d+ MB of gradients and \d+ MB of embeddings", shown)
+    assert "gathered" not in plan.text(copied, OFFICIAL)
+
+
 def test_memory_follows_batch_frozen_parts_and_checkpointing():
     tiny = replace(recipe("tiny"), batch_size=8)
     base = plan.make_plan(tiny)
