@@ -9,6 +9,7 @@
 
 namespace gvit {
 void define_pictures(pybind11::module_& m);  // csrc/native_pictures.cpp
+void define_pixels(pybind11::module_& m);    // csrc/native_pixels.cpp
 void define_shards(pybind11::module_& m);    // csrc/native_shards.cpp
 }  // namespace gvit
 
@@ -55,5 +56,6 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "What groupvit_fast was compiled with.";
     m.def("build_info", &build_info);
     gvit::define_pictures(m);
+    gvit::define_pixels(m);
     gvit::define_shards(m);
 }

@@ -19,16 +19,14 @@ import torch
 from torch import Tensor
 
 from groupvit_fast import ops
-from groupvit_fast.segmentation.labelling import BestChannel, LateSoftmax, labelling
+from groupvit_fast.segmentation.blending import pixel_loops, resize_labels
+from groupvit_fast.segmentation.labelling import labelling
 from groupvit_fast.segmentation.prompts import ClassText
 from groupvit_fast.segmentation.protocols import Protocol
 from groupvit_fast.segmentation.segment import Box
 
-Rule = BestChannel | LateSoftmax
 SCORES_PER_CELL = 1 << 20
 """Where overlapping windows could give more scores than this, only the rows that occur are kept."""
-SCORES_PER_BLEND = 1 << 17
-PIXELS_PER_BAND = 1 << 20
 
 
 class Segmentation(NamedTuple):
@@ -47,14 +45,6 @@ class Segmentation(NamedTuple):
     stages: tuple[tuple[Tensor, int], ...] = ()
 
 
-class Taps(NamedTuple):
-    """Bilinear interpolation along one axis: two source positions and the weight of the second, each [n]."""
-
-    first: Tensor
-    second: Tensor
-    weight: Tensor
-
-
 class Window(NamedTuple):
     """What decoding needs of one encoded window: maps [G, h', w'] at patch resolution, scores [G, K].
 
@@ -64,16 +54,6 @@ class Window(NamedTuple):
     maps: Tensor
     scores: Tensor
     stages: tuple[Tensor, ...] = ()
-
-
-class Small(NamedTuple):
-    """A score map before resizing: each pixel's row of `rows` [R, C], and `uniform_cells` of its kinds."""
-
-    cells: Tensor
-    label_of_kind: Tensor | None
-    row_of_pixel: Tensor
-    rows: Tensor
-    rule: Rule
 
 
 def decode_single_windows(
@@ -154,35 +134,35 @@ def merge_windows(members: list[Tensor], tables: list[Tensor], boxes: Sequence[B
     edges_x = sorted({edge for box in boxes for edge in (box.left, box.right)})
     for top, bottom in pairwise(edges_y):
         for left, right in pairwise(edges_x):
-            cell, cell_rows = merge_cell(Box(top, left, bottom, right), members, tables, boxes)
-            row_of_pixel[top:bottom, left:right] = cell + count
-            rows.append(cell_rows)
-            count += len(cell_rows)
+            code = row_of_pixel[top:bottom, left:right]
+            rows.append(merge_cell(Box(top, left, bottom, right), members, tables, boxes, code))
+            code += count
+            count += len(rows[-1])
     return row_of_pixel, torch.cat(rows)
 
 
 def merge_cell(
-    cell: Box, members: list[Tensor], tables: list[Tensor], boxes: Sequence[Box]
-) -> tuple[Tensor, Tensor]:
-    """`merge_windows` for a rectangle that the same windows cover everywhere."""
+    cell: Box, members: list[Tensor], tables: list[Tensor], boxes: Sequence[Box], code: Tensor
+) -> Tensor:
+    """`merge_windows` for a rectangle that the same windows cover: fills `code`, returns the rows."""
     covering = [
         index
         for index, box in enumerate(boxes)
         if box.top <= cell.top < box.bottom and box.left <= cell.left < box.right
     ]
     groups, channels = tables[0].shape
-    code = torch.zeros((), dtype=torch.int32, device=members[0].device)
     rows = tables[0].new_zeros(1, channels)
+    code.zero_()
     for index in covering:
         top, left = boxes[index].top, boxes[index].left
         part = members[index][cell.top - top : cell.bottom - top, cell.left - left : cell.right - left]
-        code = code * groups + part.int()
+        code.mul_(groups).add_(part)
         used = torch.arange(len(rows) * groups, device=code.device)
         if len(used) * channels > SCORES_PER_CELL:
-            used, code = torch.unique(code, return_inverse=True)
-            code = code.int()
+            used, numbers = torch.unique(code, return_inverse=True)
+            code.copy_(numbers)
         rows = rows[used // groups] + tables[index][used % groups]
-    return code, rows / len(covering)
+    return rows / len(covering)
 
 
 def nearest_windows(
@@ -198,10 +178,19 @@ def nearest_windows(
             index = window_at[box_top, box_left, box_bottom, box_right]
             lines, rows = nearest_positions(height, size[0], top, bottom)
             spots, columns = nearest_positions(width, size[1], left, right)
-            part = members[index].index_select(0, (rows - box_top).to(result.device))
-            part = part.index_select(1, (columns - box_left).to(result.device))
-            result[lines, spots] = part.int() + index * num_groups
+            place_pixels(
+                members[index], rows - box_top, columns - box_left, index * num_groups, result[lines, spots]
+            )
     return result
+
+
+def place_pixels(source: Tensor, rows: Tensor, columns: Tensor, added: int, target: Tensor) -> None:
+    """target [n, m] int32 := source [h, w] int16 at rows [n] and columns [m], plus `added`."""
+    if (loops := pixel_loops(source)) is not None:
+        loops.pick_pixels(source.numpy(), rows.numpy(), columns.numpy(), added, target.numpy())
+        return
+    part = source.index_select(0, rows.to(source.device)).index_select(1, columns.to(source.device))
+    target.copy_(part.int() + added)
 
 
 def nearest_positions(have: int, wanted: int, start: int, end: int) -> tuple[slice, Tensor]:
@@ -216,56 +205,3 @@ def territories(spans: list[tuple[int, int]]) -> list[tuple[int, int, tuple[int,
     spans = sorted(set(spans))
     cuts = [0] + [(a + b + c + d + 2) // 4 for (a, b), (c, d) in pairwise(spans)] + [spans[-1][1]]
     return [(start, end, span) for (start, end), span in zip(pairwise(cuts), spans, strict=True)]
-
-
-def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int], rule: Rule) -> Tensor:
-    """Labels of the bilinearly resized score map that `row_of_pixel` [h, w] and `rows` [R, C] stand for."""
-    if tuple(row_of_pixel.shape) == tuple(size):
-        return rule.labels(rows)[row_of_pixel]
-    kinds, label_of_kind = rule.kinds(rows)
-    kinds = kinds.to(torch.int16 if kinds.max() < 1 << 15 else torch.int32)
-    cells = uniform_cells(kinds.index_select(0, row_of_pixel.flatten()).view_as(row_of_pixel))
-    rule, rows = rule.select(rows)
-    vertical = bilinear_taps(cells.shape[0], size[0], rows)
-    horizontal = bilinear_taps(cells.shape[1], size[1], rows)
-    small = Small(cells, label_of_kind, row_of_pixel, rows, rule)
-    result = torch.empty(size, dtype=torch.int64, device=rows.device)
-    lines = max(1, PIXELS_PER_BAND // size[1])
-    bands = zip(*(part.split(lines) for part in (*vertical, result)), strict=True)
-    for *taps, labels in bands:
-        blend_band(small, Taps(*taps), horizontal, labels)
-    return result
-
-
-def uniform_cells(kinds: Tensor) -> Tensor:
-    """[h, w] -> the kind of each pixel if its right, lower and lower right neighbours have it, else -1."""
-    cells = kinds.clone()
-    cells[:, :-1].masked_fill_(kinds[:, :-1] != kinds[:, 1:], -1)
-    lower = cells.clone()  # a line in which neighbours agree with the line above, and among themselves
-    lower[:-1].masked_fill_(cells[1:] != kinds[:-1], -1)
-    return torch.minimum(cells, lower)
-
-
-def blend_band(small: Small, vertical: Taps, horizontal: Taps, result: Tensor) -> None:
-    """Some output lines of `resize_labels`: only pixels between different kinds blend their rows."""
-    cells = small.cells.index_select(0, vertical.first).index_select(1, horizontal.first)
-    label_of_kind = small.label_of_kind
-    result.copy_(cells if label_of_kind is None else label_of_kind[cells.clamp(min=0).int()])
-    mixed = (cells < 0).nonzero(as_tuple=True)
-    row_of_pixel, width = small.row_of_pixel.flatten(), small.row_of_pixel.shape[1]
-    count = max(1, SCORES_PER_BLEND // small.rows.shape[1])
-    for y, x in zip(*(part.split(count) for part in mixed), strict=True):
-        i, j = (vertical.first[y], vertical.second[y]), (horizontal.first[x], horizontal.second[x])
-        corners = (row_of_pixel.index_select(0, line * width + spot) for line in i for spot in j)
-        a, b, c, d = (small.rows.index_select(0, corner) for corner in corners)
-        wy, wx = vertical.weight[y, None], horizontal.weight[x, None]
-        upper, lower = a.lerp_(b, wx), c.lerp_(d, wx)
-        result[y, x] = small.rule.labels(upper.lerp_(lower, wy))
-
-
-def bilinear_taps(source: int, wanted: int, like: Tensor) -> Taps:
-    """Where each of `wanted` outputs reads `source` inputs: the rule of align_corners=False."""
-    position = (torch.arange(wanted, device=like.device, dtype=like.dtype) + 0.5) * (source / wanted) - 0.5
-    position = position.clamp(min=0)
-    first = position.long().clamp(max=source - 1)
-    return Taps(first, (first + 1).clamp(max=source - 1), position - first)

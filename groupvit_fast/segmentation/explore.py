@@ -20,13 +20,11 @@ from groupvit_fast import ops
 from groupvit_fast.console import UserError
 from groupvit_fast.model import GroupEncoding
 from groupvit_fast.segmentation.batch import PIXELS_PER_FORWARD, check_size
+from groupvit_fast.segmentation.blending import Rule, bilinear_taps, resize_labels
 from groupvit_fast.segmentation.decode import (
-    Rule,
     Window,
-    bilinear_taps,
     merge_windows,
     nearest_windows,
-    resize_labels,
     score_rows,
     winning_groups,
 )

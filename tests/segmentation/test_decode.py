@@ -7,7 +7,7 @@ import torch
 from groupvit_fast.model import create_model
 from groupvit_fast.segmentation import decode, protocol, segment_image
 from groupvit_fast.segmentation.batch import segment_batch
-from groupvit_fast.segmentation.decode import Taps, territories
+from groupvit_fast.segmentation.decode import territories
 from groupvit_fast.segmentation.prompts import encode_classes
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -91,17 +91,6 @@ def test_every_window_is_encoded_once(tools):
     assert model.windows_encoded == 1 + 2 + 3 + 4
 
 
-def test_a_big_output_is_cut_into_bands(tools, monkeypatch):
-    model = tools.FakeModel().eval()
-    chosen = tools.replace(protocol("official"), mode="whole", short_side=32)
-    text = encode_classes(model, list("abcdefg"), chosen.templates)
-    image = torch.tensor(tools.blobs(90, 70, np.random.default_rng(1)))
-    whole = segment_batch(model, [image], text, chosen)[0]
-    monkeypatch.setattr(decode, "PIXELS_PER_BAND", 7 * 70)
-    monkeypatch.setattr(decode, "SCORES_PER_BLEND", 11)
-    assert torch.equal(segment_batch(model, [image], text, chosen)[0].labels, whole.labels)
-
-
 def test_groups_of_one_window_are_the_strongest_ones(tools):
     model = tools.FakeModel().eval()
     chosen = tools.replace(protocol("official"), mode="whole", short_side=32)
@@ -151,29 +140,6 @@ def test_nearest_positions_are_under_the_centres(have, wanted):
         outputs, inputs = decode.nearest_positions(have, wanted, start, end)
         assert list(range(wanted))[outputs] == [k for k in range(wanted) if start <= under[k] < end]
         assert inputs.tolist() == [under[k] for k in range(wanted)[outputs]]
-
-
-def test_uniform_cells_by_looking_at_each():
-    kinds = torch.randint(0, 2, (30, 20), generator=torch.Generator().manual_seed(0))
-    cells = decode.uniform_cells(kinds)
-    for y in range(30):
-        for x in range(20):
-            same = len(kinds[y : y + 2, x : x + 2].unique()) == 1
-            assert cells[y, x] == (kinds[y, x] if same else -1)
-    assert decode.uniform_cells(kinds[:1, :1]).tolist() == kinds[:1, :1].tolist()
-
-
-def test_bilinear_taps_match_interpolate():
-    rng = np.random.default_rng(0)
-    for source, wanted in [(1, 5), (5, 1), (7, 7), (4, 9), (31, 12), *rng.integers(1, 60, (20, 2)).tolist()]:
-        values = torch.rand(source)
-        taps = decode.bilinear_taps(source, wanted, values)
-        assert isinstance(taps, Taps)
-        expected = torch.nn.functional.interpolate(
-            values[None, None], wanted, mode="linear", align_corners=False
-        )
-        mixed = values[taps.first] * (1 - taps.weight) + values[taps.second] * taps.weight
-        torch.testing.assert_close(mixed, expected[0, 0])
 
 
 @pytest.mark.parametrize("rule", ["capped", "probability"])
