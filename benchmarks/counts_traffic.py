@@ -41,7 +41,7 @@ def calls() -> dict[str, Callable[[], object]]:
     maps, scores = random(1, 8, 7, 7), random(1, 8, 5)
     assigned = host.gumbel_assign_forward(query, key, *options)
     attended = host.group_attention_forward(*heads, 0.25)
-    back = (query, query, key, *options[:3], *assigned, *options[3:])
+    back = (query, None, query, key, *options[:3], *assigned, *options[3:])
     return {
         "gumbel_assign forward": lambda: host.gumbel_assign_forward(query, key, *options),
         "gumbel_assign backward": lambda: host.gumbel_assign_backward(*back),

@@ -78,13 +78,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_assign_forward(const Tensor& q
 
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_assign_backward(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const std::optional<Tensor>& value,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& noise_key, const Tensor& output,
-    const Tensor& index, const Tensor& count, const Tensor& lse, double scale, double tau, double eps, bool hard) {
+    const Tensor& grad_output, const std::optional<Tensor>& grad_count, const Tensor& query, const Tensor& key,
+    const std::optional<Tensor>& value, const std::optional<Tensor>& bias, const std::optional<Tensor>& noise_key,
+    const Tensor& output, const Tensor& index, const Tensor& count, const Tensor& lse, double scale, double tau,
+    double eps, bool hard) {
     AssignInputs in{query, key, value, bias, noise_key};
     AssignParams params = assign_params(in, scale, tau, eps, hard);
     const int64_t samples = params.samples, groups = params.groups, tokens = params.tokens;
     check_shape("grad_output", grad_output, "[B, S, C]", {samples, groups, params.channels});
+    if (grad_count) check_shape("grad_count", *grad_count, "[B, S]", {samples, groups});
     check_shape("output", output, "[B, S, C]", {samples, groups, params.channels});
     check_shape("index", index, "[B, L]", {samples, tokens});
     check_shape("count", count, "[B, S]", {samples, groups});
@@ -92,10 +94,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_assign_backward(
     check_same_kind("grad_output", grad_output, "query", query);
     check_same_kind("output", output, "query", query);
     check_dtype("index", index, ScalarType::Long, "int64");
+    if (grad_count) {
+        check_dtype("grad_count", *grad_count, statistic_type(query), "in the type of accumulation");
+        check_same_device("grad_count", *grad_count, "query", query);
+    }
     check_dtype("count", count, statistic_type(query), "in the type of accumulation");
     check_dtype("lse", lse, statistic_type(query), "in the type of accumulation");
     const Tensor gradient = dense_rows(grad_output), result = dense_rows(output), winner = dense(index);
     const Tensor mass = dense(count), normaliser = dense(lse);
+    std::optional<Tensor> mass_gradient;
+    if (grad_count) mass_gradient = dense(*grad_count);
 
     Tensor grad_query = torch::stable::new_empty(query, {samples, groups, params.channels});
     Tensor grad_key = torch::stable::new_empty(query, {samples, tokens, params.channels});
@@ -107,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_assign_backward(
     params.count = const_cast<void*>(mass.const_data_ptr());
     params.lse = const_cast<void*>(normaliser.const_data_ptr());
     params.grad_output = matrices(gradient);
+    if (mass_gradient) params.grad_count = mass_gradient->const_data_ptr();
     params.grad_query = matrices(grad_query);
     params.grad_key = matrices(grad_key);
     if (value) params.grad_value = matrices(grad_value);

@@ -17,7 +17,7 @@ class AssignBackward : AssignTile<S> {
     T* const d_assign = memory.template take<T>(tile * groups_row);
     T* const grad_query_scratch = memory.template take<T>(p.groups * channels_row);
     T* const grad_bias = memory.template take<T>(groups_row);
-    T* const output_dot = memory.template take<T>(groups_row);  // grad_output . output
+    T* const output_dot = memory.template take<T>(groups_row);  // grad_output . output - grad_count * (count + eps)
     T* const inverse = memory.template take<T>(groups_row);     // 1 / (count + eps)
     Rows<T> gradient{}, grad_query{};
 
@@ -61,8 +61,11 @@ class AssignBackward : AssignTile<S> {
         const Rows<T> output =
             read_rows<S>(Base::at(p.output, sample, 0), p.output.row, p.groups, p.channels, output_scratch);
         for (index_t s = 0; s < p.groups; ++s) {
+            const index_t place = sample * p.groups + s;
+            const T mass = static_cast<const T*>(p.count)[place] + static_cast<T>(p.eps);
             output_dot[s] = dot(gradient[s], output[s], channels_row);
-            inverse[s] = 1 / (static_cast<const T*>(p.count)[sample * p.groups + s] + static_cast<T>(p.eps));
+            if (p.grad_count != nullptr) output_dot[s] -= static_cast<const T*>(p.grad_count)[place] * mass;
+            inverse[s] = 1 / mass;
         }
     }
 

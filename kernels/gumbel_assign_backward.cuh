@@ -1,6 +1,6 @@
 // The gradients of gumbel_assign.
 //
-// With p the softmax, D[s] = grad_output[s] . output[s] and n[s] the count,
+// With p the softmax, D[s] = grad_output[s] . output[s] - grad_count[s] (n[s] + eps) and n[s] the count,
 //     da[l, s] = (grad_output[s] . value[l] - D[s]) / (n[s] + eps)
 //     dz[l, s] = p (da - sum over s of p da) / tau
 // sum_over_groups_kernel makes the gradients of key and value from these, sum_over_tokens_kernel those of query and
@@ -11,7 +11,8 @@
 
 namespace gvit {
 
-// The workspace holds D [samples, groups], then the token terms: the sums over s of p da [samples, tokens].
+// The workspace holds grad_output . output [samples, groups], then the token terms: the sums over s of p da [samples,
+// tokens].
 template <class T>
 struct AssignGradient {
     static constexpr int kProducts = 2;
@@ -36,8 +37,14 @@ struct AssignGradient {
         return {{from.key, from.value}, {from.query, from.grad_output}, shared_value};
     }
 
-    GVIT_DEVICE float inverse_count(index_t sample, int group) const {
-        return 1.0f / (static_cast<const float*>(p.count)[sample * groups + group] + static_cast<float>(p.eps));
+    GVIT_DEVICE float mass(index_t sample, int group) const {
+        return static_cast<const float*>(p.count)[sample * groups + group] + static_cast<float>(p.eps);
+    }
+    GVIT_DEVICE float inverse_mass(index_t sample, int group) const { return 1.0f / mass(sample, group); }
+    GVIT_DEVICE float output_term(index_t sample, int group) const {
+        const float of_output = p.workspace[sample * groups + group];
+        if (p.grad_count == nullptr) return of_output;
+        return of_output - static_cast<const float*>(p.grad_count)[sample * groups + group] * mass(sample, group);
     }
 
     // values[0] becomes p, values[1] da of the formulas at the top.
@@ -48,8 +55,8 @@ struct AssignGradient {
             GVIT_UNROLL
             for (int j = 0; j < 2; ++j) {
                 const int mine = group + pair_group(n, j);
-                const float mean = mine < groups ? p.workspace[sample * groups + mine] : 0.0f;
-                const float inverse = mine < groups ? inverse_count(sample, mine) : 0.0f;
+                const float mean = mine < groups ? output_term(sample, mine) : 0.0f;
+                const float inverse = mine < groups ? inverse_mass(sample, mine) : 0.0f;
                 GVIT_UNROLL
                 for (int i = j; i < 4; i += 2) values[1].value[n][i] = (values[1].value[n][i] - mean) * inverse;
             }
@@ -67,7 +74,7 @@ struct AssignGradient {
                 const float soft = values[0].value[n][i];
                 const int mine = group + pair_group(n, i);
                 values[0].value[n][i] = factor * soft * (values[1].value[n][i] - term[i / 2]);
-                values[1].value[n][i] = p.hard || mine >= groups ? 0.0f : soft * inverse_count(sample, mine);
+                values[1].value[n][i] = p.hard || mine >= groups ? 0.0f : soft * inverse_mass(sample, mine);
             }
         }
     }
@@ -97,8 +104,7 @@ struct AssignGradient {
             const int token = first_row + fragment_row(i);
             if (token >= tokens) continue;
             const int winner = static_cast<int>(p.index[sample * tokens + token]);
-            const float count = static_cast<const float*>(p.count)[sample * groups + winner];
-            const float factor = 1.0f / (count + static_cast<float>(p.eps));
+            const float factor = inverse_mass(sample, winner);
             GVIT_UNROLL
             for (int n = 0; n < kBlocks; ++n) {
                 GVIT_UNROLL

@@ -59,6 +59,7 @@ struct AssignParams {
     void* count;
     void* lse;
     Matrices grad_output, grad_query, grad_key, grad_value;  // backward only; grad_value as value
+    const void* grad_count;                                  // backward only, as count; null: no such gradient
     void* grad_bias;                                         // backward only; null where bias is
     float* workspace;                                        // CUDA backward only: workspace_floats(params)
     index_t samples, groups, tokens, channels;

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupvit_fast import ops
@@ -64,10 +64,9 @@ class TokenAssignment(nn.Module):
     """Give every image token to one group and average the members of each group.
 
     With keys k = Wk x + bk the logits are (q Wk) x + q bk: the keys themselves need never be made, because
-    the softmax runs over the queries of a single head. Without gradients the values need not be made
-    either: the average of Wv x + bv is Wv (average of x) + bv n / (n + eps). In training that last factor
-    has a gradient which the operator's count does not carry, so there the values are made.
-    `absorb = False` selects the plain form; both read the same parameters.
+    the softmax runs over the queries of a single head. Nor need the values: the average of Wv x + bv is
+    Wv (average of x) + bv n / (n + eps). `absorb = False` selects the plain form; both read the same
+    parameters.
     """
 
     def __init__(self, config: ImageConfig) -> None:
@@ -88,20 +87,18 @@ class TokenAssignment(nn.Module):
         image = image.to(query.dtype)
         if self.absorb:
             weight, bias = self.key.weight.to(query.dtype), self.key.bias.to(query.dtype)
-            query, bias, key = query @ weight, query @ bias, image
+            query, bias, key, value = query @ weight, query @ bias, image, image
         else:
-            bias, key = None, self.key(image)
-        absorb_value = self.absorb and not torch.is_grad_enabled()
-        value = image if absorb_value else self.value(image)
+            bias, key, value = None, self.key(image), self.value(image)
         logits = {"bias": bias, "scale": self.scale, "tau": self.tau}
         groups, index, count = ops.gumbel_assign(
             query, key, value, hard=self.hard, noise_key=noise_key, eps=self.eps, **logits
         )
-        if absorb_value:
+        if self.absorb:
             share = (count / (count + self.eps)).to(groups.dtype)
-            groups = groups @ self.value.weight.to(groups.dtype).T + share[..., None] * self.value.bias
+            groups = F.linear(groups, self.value.weight) + share[..., None] * self.value.bias
         assignment = ops.soft_assignment(query, key, **logits) if return_map else None
-        return Grouping(self.out(groups), assignment, count, index)
+        return Grouping(self.out(groups), assignment, count.detach(), index)
 
 
 class GroupingBlock(nn.Module):

@@ -39,8 +39,9 @@ def gumbel_assign(
         eps: added to the token count before the division, at least 0.
 
     Returns:
-        Assignment(output [B, S, C], index [B, L] int64, count [B, S] float32). Ties go to the lowest group.
-        A token with a NaN or +inf logit, or only -inf, makes the outputs and counts of its sample NaN.
+        Assignment(output [B, S, C], index [B, L] int64, count [B, S] float32). Ties go to the lowest group;
+        output and count carry gradients, both straight-through where hard. A token with a NaN or +inf logit,
+        or only -inf, makes the outputs and counts of its sample NaN.
 
     Raises:
         ValueError: wrong rank, size, dtype, device or number, naming the argument.
@@ -119,7 +120,7 @@ def _register() -> None:
         )
 
     @registration.fake("gumbel_assign_backward")
-    def _(grad_output, query, key, value, bias, noise_key, output, index, count, lse, scale, tau, eps, hard):
+    def _(grad_output, grad_count, query, key, value, bias, noise_key, *results_and_constants):
         return (
             query.new_empty(query.shape),
             query.new_empty(key.shape),
@@ -132,23 +133,25 @@ def _register() -> None:
     )
     registration.refuse_second_derivative("gumbel_assign")
     registration.register_batching("gumbel_assign_forward", fixed=(4,))
-    registration.register_batching("gumbel_assign_backward", fixed=(5,))
+    registration.register_batching("gumbel_assign_backward", fixed=(6,))
 
 
 def _save(ctx, inputs, output) -> None:
     query, key, value, bias, noise_key, *ctx.constants = inputs
     result, index, count, lse = output
-    ctx.mark_non_differentiable(index, count, lse)
+    ctx.mark_non_differentiable(index, lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, bias, noise_key, result, index, count, lse)
 
 
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
+def _backward(ctx, grad_output, _index, grad_count, _lse):
+    if grad_output is None and grad_count is None:
         return (None,) * 9
     query, key, value, bias, *rest = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(query)
     grad_query, grad_key, grad_value, grad_bias = torch.ops.groupvit_fast.gumbel_assign_backward.default(
-        grad_output, query, key, value, bias, *rest, *ctx.constants
+        grad_output, grad_count, query, key, value, bias, *rest, *ctx.constants
     )
     grad_value = None if value is None else grad_value
     grad_bias = None if bias is None else grad_bias

@@ -24,7 +24,7 @@ _LOW_32 = 0xFFFFFFFF
 
 
 class Assignment(NamedTuple):
-    """Result of `gumbel_assign`; only `output` carries a gradient."""
+    """Result of `gumbel_assign`; `output` and `count` carry gradients."""
 
     output: Tensor  # [B, S, C], dtype of the query
     index: Tensor  # [B, L] int64: the winning group of each token
@@ -128,7 +128,7 @@ def gumbel_assign(
             assign = one_hot + (assign - assign.detach())
         count = assign.sum(dim=-1)
         output = (assign @ _compute(value)) / (count + eps).unsqueeze(-1)
-    return Assignment(output.to(query.dtype), index, count.detach())
+    return Assignment(output.to(query.dtype), index, count)
 
 
 def soft_assignment(query: Tensor, key: Tensor, *, bias: Tensor | None, scale: float, tau: float) -> Tensor:

@@ -149,6 +149,7 @@ def gumbel_assign_forward(
 
 def gumbel_assign_backward(
     grad_output: Tensor,
+    grad_count: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -176,6 +177,7 @@ def gumbel_assign_backward(
     params.count = launch.pointer("count", count)
     params.lse = launch.pointer("lse", lse)
     params.grad_output = launch.matrices("grad_output", grad_output)
+    params.grad_count = launch.pointer("grad_count", grad_count)
     params.grad_query = launch.matrices("grad_query", grad_query, result=True)
     params.grad_key = launch.matrices("grad_key", grad_key, result=True)
     params.grad_value = launch.matrices("grad_value", None if value is None else grad_value, result=True)

@@ -40,7 +40,7 @@ AssignParams = _struct(
     **dict.fromkeys(("query", "key", "value", "output"), Matrices),
     **dict.fromkeys(("bias", "noise_key", "index", "count", "lse"), ctypes.c_void_p),
     **dict.fromkeys(("grad_output", "grad_query", "grad_key", "grad_value"), Matrices),
-    **dict.fromkeys(("grad_bias", "workspace"), ctypes.c_void_p),
+    **dict.fromkeys(("grad_count", "grad_bias", "workspace"), ctypes.c_void_p),
     **dict.fromkeys(("samples", "groups", "tokens", "channels"), ctypes.c_int64),
     **dict.fromkeys(("scale", "tau", "eps"), ctypes.c_double),
     hard=ctypes.c_bool,

@@ -109,9 +109,10 @@ MUTATIONS = [
     _backward("assign gradient: sign of the token term", "- term[i / 2])", "+ term[i / 2])"),
     _backward(
         "assign gradient: eps forgotten",
-        "[sample * groups + group] + static_cast<float>(p.eps))",
-        "[sample * groups + group])",
+        "[sample * groups + group] + static_cast<float>(p.eps);",
+        "[sample * groups + group];",
     ),
+    _backward("assign gradient: sign of the count's", "of_output - static", "of_output + static"),
     _backward("assign gradient: tau forgotten", "/ static_cast<float>(p.tau);", ";"),
     _backward(
         "assign gradient: wrong winner",

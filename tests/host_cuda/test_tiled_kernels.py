@@ -52,7 +52,7 @@ def attend(query, key, value, gradient):
 def assign(query, key, value, bias, gradient, hard=True):
     inputs, constants = (query, key, value, bias, NOISE_KEY if hard else None), (SCALE, TAU, EPS, hard)
     results = gumbel_assign_forward(*inputs, *constants)
-    return *results, *gumbel_assign_backward(gradient, *inputs, *results, *constants)
+    return *results, *gumbel_assign_backward(gradient, None, *inputs, *results, *constants)
 
 
 def assign_shared(query, key, _, bias, gradient):

@@ -84,10 +84,11 @@ class HostAssign(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(ctx, gradient, _index, grad_count, _lse):
         query, key, value, bias, *rest = ctx.saved_tensors
+        gradient = torch.zeros_like(query) if gradient is None else gradient
         gradients = host_cuda().gumbel_assign_backward(
-            gradient, query, key, value, bias, *rest, *ctx.constants
+            gradient, grad_count, query, key, value, bias, *rest, *ctx.constants
         )
         used = (True, True, value is not None, bias is not None)
         return *(g if u else None for g, u in zip(gradients, used, strict=True)), *(None,) * 5

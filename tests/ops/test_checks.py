@@ -93,12 +93,12 @@ def test_the_operators_themselves_check_too(change, message):
 
 
 @pytest.mark.skipif(not any(b.compiled for b in BACKENDS), reason="nothing was compiled")
-@pytest.mark.parametrize("position", range(10))
+@pytest.mark.parametrize("position", range(11))
 def test_the_backward_operators_check_every_tensor(position):
     query, key, value = good().values()
     arguments = [query, key, value, torch.randn(2, 5), None]
     results = torch.ops.groupvit_fast.gumbel_assign_forward(*arguments, 1.0, 1.0, 1.0, True)
-    arguments = [torch.randn_like(query), *arguments, *results]
+    arguments = [torch.randn_like(query), torch.randn(2, 5), *arguments, *results]
     if arguments[position] is None:
         arguments[position] = torch.tensor([1.0])
     arguments[position] = (

@@ -93,11 +93,39 @@ def test_soft_gradcheck(backend):
         pytest.skip("no float64 kernel")
     query, key, value, bias, _ = (leaf(t) for t in inputs((2, 3, 4, 5), dtype=torch.float64))
 
-    def output(query, key, value, bias):
+    def results(query, key, value, bias):
         options = {"bias": bias, "hard": False, "tau": 0.7, "noise_key": noise_key(backend)}
-        return backend.gumbel_assign(query, key, value, **options).output
+        result = backend.gumbel_assign(query, key, value, **options)
+        return result.output, result.count
 
-    assert torch.autograd.gradcheck(output, (query, key, value, bias))
+    assert torch.autograd.gradcheck(results, (query, key, value, bias))
+
+
+@pytest.mark.parametrize("with_output", [True, False], ids=["with output", "alone"])
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+@pytest.mark.parametrize("shape", [(2, 64, 70, 32), (2, 7, 37, 33), (1, 128, 20, 16), (2, 1, 5, 16)], ids=str)
+def test_gradient_of_the_count(backend, shape, hard, with_output):
+    """As the gradient of the assignment's sum over the tokens, straight-through where hard."""
+    skip_if_too_large(backend, shape)
+    query, key, _, bias, gradient = inputs(shape, device=backend.device)
+    count_gradient = torch.randn(shape[:2], dtype=torch.float64)
+    options = {"scale": 0.3, "tau": 0.7, "hard": hard, "eps": 0.5, "noise_key": noise_key(backend)}
+
+    def gradients(function, tensors):
+        leaves = [leaf(t) for t in tensors]
+        result = function(leaves[0], leaves[1], leaves[1], bias=leaves[2], **options)
+        loss = (result.count * count_gradient.to(result.count)).sum()
+        if with_output:
+            loss = loss + (result.output * gradient.to(result.output)).sum()
+        return result.index.cpu(), torch.autograd.grad(loss, leaves)
+
+    tensors = (query, key, bias)
+    index, own = gradients(backend.gumbel_assign, tensors)
+    options["noise_key"] = torch.tensor(NOISE)
+    wanted_index, wanted = gradients(reference.gumbel_assign, [t.cpu().double() for t in tensors])
+    assert torch.equal(index, wanted_index)
+    for one, other in zip(own, wanted, strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-4, atol=1e-4)
 
 
 def test_saturated_logits_have_no_gradient(backend):

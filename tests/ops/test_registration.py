@@ -49,7 +49,10 @@ def test_opcheck_gumbel_assign(device, shared, complete, hard):
     arguments = optional(*assign_tensors(device))
     results = operators.gumbel_assign_forward(*arguments, *constants)
     gradient = torch.randn_like(results[0])
-    torch.library.opcheck(operators.gumbel_assign_backward, (gradient, *arguments, *results, *constants))
+    count_gradient = torch.randn_like(results[2]) if complete else None
+    torch.library.opcheck(
+        operators.gumbel_assign_backward, (gradient, count_gradient, *arguments, *results, *constants)
+    )
 
 
 def test_opcheck_group_attention(device):

@@ -46,9 +46,13 @@ def test_text_layers_equal_the_counter():
 
 
 def test_official_recipe_is_near_the_published_arithmetic():
-    """7.94 GF an image and 0.68 GF for a caption of 12 tokens and three prompts of 8."""
+    """7.94 GF an image and 0.68 GF for a caption of 12 tokens and three prompts of 8.
+
+    There, keys and values of the assignment are made: a row for each token instead of each group.
+    """
     config = preset("groupvit-gcc-yfcc")
-    assert flops.image_flops(config.image) == pytest.approx(7.94e9, rel=0.015)
+    absorbed = 4 * 384**2 * ((196 - 64) + (64 - 8))
+    assert flops.image_flops(config.image) + absorbed == pytest.approx(7.94e9, rel=0.005)
     assert flops.text_flops(config.text, [12, 8, 8, 8]) == pytest.approx(0.68e9, rel=0.08)
     assert flops.training_flops(config, [12, 8, 8, 8], 4) == pytest.approx(25.9e9, rel=0.02)
 
