@@ -2,8 +2,8 @@
 
 Counted is what the result needs and nothing else: no padding, the last text layer at the ends of texts alone,
 causal attention below the diagonal, keys and values of the assignment absorbed, hard assignment without a
-product. A product of [n,k] and [k,m] is 2nkm; norms, activations and softmax count nothing. A training step is
-three forward passes.
+product. A product of [n,k] and [k,m] is 2nkm; norms, activations and softmax count nothing. A training step
+is three forward passes.
 
 Shapes: L image tokens, T group tokens, S output groups of a stage, C width, D shared space.
 """
