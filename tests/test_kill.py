@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -44,6 +45,7 @@ def whole(tmp_path_factory):
 
 
 def start(arguments, output, **environment):
+    """The command in a process of its own; continues what is in `output`."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     command = [
         sys.executable,
@@ -90,9 +92,9 @@ def curve(run):
     return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
 
 
-def sums(run):
+def sums(run, steps=STEPS):
     """SHA-256 of weights and averaged weights, and all numbers of optimiser, loader and counters."""
-    folder = run / "checkpoints" / f"step_{STEPS:08d}"
+    folder = run / "checkpoints" / f"step_{steps:08d}"
     digests = [
         hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest() for name in ("", "ema")
     ]
@@ -164,6 +166,98 @@ def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path):
         assert process.returncode == 0, said
         results.append((curve(run), sums(run)))
     assert results[0] == results[1]
+
+
+EVALUATING = ["--eval-every", "8"]
+
+
+def stop(process, run, moment):
+    """Send SIGTERM at `moment`; returns the step that was saved, and whether that was inside an evaluation.
+
+    A moment is a number of seconds after the first new line of metrics, "write" while a checkpoint is being
+    made, or "evaluation" as soon as the line of a step is there after which one is due.
+    """
+    before = lines(run)
+    while process.poll() is None:
+        now = lines(run)
+        if writing(run) if moment == "write" else now > before and (moment != "evaluation" or now % 8 == 0):
+            break
+        time.sleep(0.0005)
+    if isinstance(moment, float):
+        time.sleep(moment)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    step = int(re.search(r"stopped by SIGTERM after step (\d+) of \d+; saved \S+step_0*\1;", said)[1])
+    evaluated = json.loads((run / "evaluations.json").read_text())
+    return step, step % 8 == 0 and str(step) not in evaluated
+
+
+def stop_often(reference, arguments, output, moments, last=STEPS):
+    """Returns how many signals ended an evaluation."""
+    steps, inside = [0], 0
+    for moment in moments:
+        step, in_evaluation = stop(start([*arguments, *EVALUATING], output), output, moment)
+        assert step >= steps[-1]
+        steps, inside = [*steps, step], inside + in_evaluation
+    assert run_command(main, [*arguments, "--output", str(output), "--resume", "auto"]) == 0
+    assert [record["step"] for record in curve(output)] == list(range(1, last + 1))
+    assert curve(output) == curve(reference)
+    assert sums(output, last) == sums(reference, last)
+    return inside
+
+
+def test_signals_while_training_saving_and_evaluating(whole, tmp_path):
+    stop_often(*whole, tmp_path / "run", [0.01, "write", "evaluation"])
+
+
+@pytest.mark.slow
+def test_twenty_signals(whole, tmp_path):
+    """At random moments, some inside writes and evaluations: each run saves, and nothing shows in the end."""
+    draw = random.Random(11)
+    kinds = ["write", "evaluation", *("time" for _ in range(5))]
+    moments = [draw.uniform(0, 0.05) if (kind := draw.choice(kinds)) == "time" else kind for _ in range(22)]
+    moments += ["evaluation"] * 2
+    draw.shuffle(moments)
+    arguments = [*whole[1], "--steps", "300"]
+    assert run_command(main, [*arguments, "--output", str(tmp_path / "whole")]) == 0
+    assert stop_often(tmp_path / "whole", arguments, tmp_path / "run", moments, 300) >= 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_ranks_stops_both_and_loses_nothing(whole, tmp_path):
+    """At random moments, to one or the other; weights, order, prompts, crops and noise go on to the bit."""
+    draw, ranks = random.Random(3), []
+
+    def both(output):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        names = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1))
+        return [start([*whole[1], *EVALUATING], output, **common, **name) for name in names]
+
+    for process in both(tmp_path / "whole"):
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, said
+    for number in range(6):
+        processes = both(tmp_path / "run")
+        before = lines(tmp_path / "run")
+        while lines(tmp_path / "run") == before:
+            assert processes[0].poll() is None, processes[0].communicate()
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.1))
+        processes[number % 2].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=100)[1] for process in processes]
+        assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said
+        ranks.append(int(re.search(r"stopped by SIGTERM after step (\d+)", said[0])[1]))
+    assert ranks == sorted(ranks)
+    assert ranks[-1] < STEPS
+    for process in both(tmp_path / "run"):
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, said
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert sums(tmp_path / "run") == sums(tmp_path / "whole")
 
 
 def rank_process(parent, rank):

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -189,6 +189,12 @@ def barrier() -> None:
     from_main(None)
 
 
+class Wish(Protocol):
+    """Which signal told this process to stop, if one did."""
+
+    signal: int | None
+
+
 class StopAgreement:
     """All processes stop after the same step, although a signal reaches them at different times.
 
@@ -199,17 +205,16 @@ class StopAgreement:
     def __init__(self) -> None:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
-    def reached(self, wanted: bool) -> bool:
-        """Say whether this process wants to stop; returns whether all processes stop now."""
+    def reached(self, wish: Wish) -> bool:
+        """Whether all processes stop now; then `wish.signal` is set on those that got none themselves."""
         if world_size() == 1:
-            return wanted
-        stop = False
+            return wish.signal is not None
         if self._pending is not None:
-            work, flag = self._pending
+            work, number = self._pending
             work.wait()
-            stop = bool(flag.item())
-        if stop:
-            return True
-        flag = torch.tensor([float(wanted)])
-        self._pending = (dist.all_reduce(flag, async_op=True), flag)
+            if number.item():
+                wish.signal = wish.signal or int(number.item())
+                return True
+        number = torch.tensor([float(wish.signal or 0)])
+        self._pending = (dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True), number)
         return False

@@ -135,7 +135,7 @@ class Trainer:
             stop = StopAgreement()
             going = self.evaluate_if_due()
             self.journal.clock.restart()
-            while going and self.step < self.steps and not stop.reached(self.interruption.signal is not None):
+            while going and self.step < self.steps and not stop.reached(self.interruption):
                 warm = self.step >= first + WARM_UP_STEPS
                 self.watchdog.at(self.step, "data" if warm else "warm-up")
                 batch = self.journal.clock.next(stream)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +66,12 @@ def work(folder: str) -> None:
             found = loss_and_gradient(rows, Gathering(local, with_grad))
             numbers.append(distributed.sum_over_processes(found) / PROCESSES)
         stop = distributed.StopAgreement()
-        stopped_after = next(step for step in range(9) if stop.reached(rank == 1 and step >= 2))
+        wish = SimpleNamespace(signal=None)
+        for step in range(9):
+            wish.signal = signal.SIGTERM if rank == 1 and step >= 2 else None
+            if stop.reached(wish):
+                break
+        stopped_after = step, int(wish.signal)
         everything = distributed.on_main(
             (world.rank, distributed.from_main(f"from {rank}"), stopped_after, numbers)
         )
@@ -118,8 +125,8 @@ def test_objects_reach_and_leave_the_main_process(result):
 
 
 def test_all_processes_stop_after_the_same_step(result):
-    """Rank 1 asks at step 2; everyone learns of it one step later."""
-    assert [step for _, _, step, _ in result] == [3, 3]
+    """Rank 1 gets a signal at step 2; everyone learns of it, and which it was, one step later."""
+    assert [stopped for _, _, stopped, _ in result] == [(3, signal.SIGTERM)] * 2
 
 
 def test_alone_everything_is_the_identity():
@@ -131,7 +138,8 @@ def test_alone_everything_is_the_identity():
     assert distributed.gather_with_grad(tensor) is tensor
     assert distributed.on_main("x") == ["x"]
     assert distributed.from_main("x") == "x"
-    assert distributed.StopAgreement().reached(True)
+    assert distributed.StopAgreement().reached(SimpleNamespace(signal=signal.SIGINT))
+    assert not distributed.StopAgreement().reached(SimpleNamespace(signal=None))
 
 
 SLURM = {

@@ -6,12 +6,15 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from processes import PACKAGE
 from small_run import CONFIG, Loader, bits, metrics, resumed, trainer
 
 from groupvit_fast.console import UserError
@@ -194,6 +197,44 @@ def test_a_signal_while_waiting_for_data_or_saving(tmp_path, monkeypatch, number
         assert last.fit() is None
         assert bits(last) == bits(whole)
         assert metrics(tmp_path / name) == metrics(tmp_path / "whole")
+
+
+WAITING = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from small_run import CONFIG, Loader, trainer
+
+def wait(batch):
+    print("waiting", flush=True)
+    time.sleep(100)
+
+trainer(Path(sys.argv[1]), CONFIG, Loader({8: wait})).fit()
+"""
+
+
+def test_a_second_signal_ends_the_program_at_once(tmp_path):
+    """Also where the first can not be heard for long; the last checkpoint is there to continue from."""
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+    paths = [PACKAGE, str(Path(__file__).parent)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == "stopping (again: at once)\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
+    last = resumed(tmp_path / "run")
+    assert last.step == 6
+    last.fit()
+    assert bits(last) == bits(whole)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 def test_another_number_of_processes_continues_weights_optimiser_and_data(tmp_path):

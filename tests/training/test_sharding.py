@@ -298,6 +298,7 @@ def test_many_bad_steps_are_traced_to_the_rank(found):
 
 def test_a_stopped_run_continues_to_the_bit(found):
     for rank in found["resuming"]:
+        assert rank["signal"] == signal.SIGTERM
         assert 7 <= rank["step"] < SHARDED.steps
         assert rank["sharded"] == rank["stopped"]
         assert rank["continued"] == rank["whole"]

@@ -63,7 +63,7 @@ def test_a_signal_on_one_rank_stops_both_after_the_same_step(both):
     first, second = both
     assert first["step"] == second["step"]
     assert 4 <= first["step"] <= 6
-    assert second["stopped"] == signal.SIGTERM
+    assert first["stopped"] == second["stopped"] == signal.SIGTERM
 
 
 if __name__ == "__main__":
