@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,7 +66,9 @@ class TokenAssignment(nn.Module):
 
     With keys k = Wk x + bk the logits are (q Wk) x + q bk: the keys themselves need never be made, because
     the softmax runs over the queries of a single head. Nor need the values: the average of Wv x + bv is
-    Wv (average of x) + bv n / (n + eps). `absorb = False` selects the plain form; both read the same
+    Wv (average of x) + bv n / (n + eps). In training, where the groups of a batch are more rows than a
+    weight has, Wq^T Wk and Wo Wv are multiplied first, so that each side has one product of a batch instead
+    of two and keeps nothing between them. `absorb = False` selects the plain form; all read the same
     parameters.
     """
 
@@ -83,22 +86,38 @@ class TokenAssignment(nn.Module):
         self.absorb = True
 
     def forward(self, tokens: Tensor, image: Tensor, noise_key: Tensor | None, return_map: bool) -> Grouping:
-        query = self.query(tokens)
-        image = image.to(query.dtype)
         if self.absorb:
-            weight, bias = self.key.weight.to(query.dtype), self.key.bias.to(query.dtype)
-            query, bias, key, value = query @ weight, query @ bias, image, image
+            query, bias = self._absorbed_query(tokens)
+            key = value = image.to(query.dtype)
         else:
-            bias, key, value = None, self.key(image), self.value(image)
+            query, bias, key, value = self.query(tokens), None, self.key(image), self.value(image)
         logits = {"bias": bias, "scale": self.scale, "tau": self.tau}
         groups, index, count = ops.gumbel_assign(
             query, key, value, hard=self.hard, noise_key=noise_key, eps=self.eps, **logits
         )
-        if self.absorb:
-            share = (count / (count + self.eps)).to(groups.dtype)
-            groups = F.linear(groups, self.value.weight) + share[..., None] * self.value.bias
         assignment = ops.soft_assignment(query, key, **logits) if return_map else None
-        return Grouping(self.out(groups), assignment, count.detach(), index)
+        groups = self._absorbed_output(groups, count) if self.absorb else self.out(groups)
+        return Grouping(groups, assignment, count.detach(), index)
+
+    def _weights_first(self, rows: Tensor) -> bool:
+        return torch.is_grad_enabled() and rows.shape[0] * rows.shape[1] >= rows.shape[2]
+
+    def _absorbed_query(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(q Wk [B,S,C], q bk [B,S]) of q = Wq t + bq."""
+        query, key = self.query, self.key
+        if not self._weights_first(tokens):
+            projected = query(tokens)
+            return projected @ key.weight.to(projected.dtype), projected @ key.bias.to(projected.dtype)
+        weight, bias = key.weight.T @ query.weight, query.bias @ key.weight
+        return F.linear(tokens, weight, bias), tokens @ (key.bias @ query.weight) + query.bias @ key.bias
+
+    def _absorbed_output(self, groups: Tensor, count: Tensor) -> Tensor:
+        """Wo (Wv m + bv n / (n + eps)) + bo of the averages m [B,S,C] and counts n [B,S]."""
+        value, out = self.value, self.out
+        share = (count / (count + self.eps)).to(groups.dtype)[..., None]
+        if not self._weights_first(groups):
+            return out(F.linear(groups, value.weight) + share * value.bias)
+        return F.linear(groups, out.weight @ value.weight, out.bias) + share * (out.weight @ value.bias)
 
 
 class GroupingBlock(nn.Module):

@@ -1,9 +1,9 @@
 """How much arithmetic a training step needs, counted from the shapes.
 
 Counted is what the result needs and nothing else: no padding, the last text layer at the ends of texts alone,
-causal attention below the diagonal, keys and values of the assignment absorbed, hard assignment without a
-product. A product of [n,k] and [k,m] is 2nkm; norms, activations and softmax count nothing. A training step
-is three forward passes.
+causal attention below the diagonal, projections of the assignment joined in pairs (the product of two
+weights is made once a batch), hard assignment without a product. A product of [n,k] and [k,m] is 2nkm; norms,
+activations and softmax count nothing. A training step is three forward passes.
 
 Shapes: L image tokens, T group tokens, S output groups of a stage, C width, D shared space.
 """
@@ -63,8 +63,8 @@ def grouping_flops(image: ImageConfig, tokens: int, group_tokens: int, groups: i
     if image.pre_assign_attention:
         total += 2 * width**2 * (2 * groups + 2 * tokens) + 4 * groups * tokens * width
         total += 4 * groups * width**2 * image.mlp_ratio
-    # query, its product with the key weights, that of the groups with the value weights, output; logits
-    total += 2 * width**2 * 4 * groups + 2 * groups * tokens * width
+    # query and key weights, value and output weights; logits
+    total += 2 * width**2 * 2 * groups + 2 * groups * tokens * width
     if not image.hard_assignment:
         total += 2 * groups * tokens * width
     return total + 4 * groups * width**2 * 4

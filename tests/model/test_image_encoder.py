@@ -70,14 +70,15 @@ def test_fresh_model_is_not_symmetric(name):
     assert encoder.stages[0].group_tokens.std().item() == pytest.approx(0.02, rel=0.15)
 
 
+@pytest.mark.parametrize("batch", [2, 12], ids=["rows first", "weights first"])
 @pytest.mark.parametrize("hard", [True, False])
-def test_absorbed_projections_change_nothing(small_config, hard):
+def test_absorbed_projections_change_nothing(small_config, hard, batch):
     """In float64 outputs and all gradients of both forms agree to rounding, with noise as in training."""
     torch.manual_seed(1)
     encoder = ImageEncoder(replace(small_config.image, hard_assignment=hard, drop_path=0.0)).double()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    pixels = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    pixels = torch.randn(batch, 3, 48, 48, dtype=torch.float64)
     noise_key = torch.tensor([5, 7])
     results = []
     for absorb in (True, False):
