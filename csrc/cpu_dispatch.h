@@ -28,7 +28,8 @@ inline CpuLevel detected_cpu_level() {
     return CpuLevel::plain;
 }
 
-// GROUPVIT_CPU=plain|avx2 lowers the level, so that tests reach every variant on one machine.
+// GROUPVIT_CPU=plain|avx2 lowers the level, and avx512 hides has_bfloat_products(), so that tests reach every variant
+// on one machine.
 inline CpuLevel cpu_level() {
     static const CpuLevel level = [] {
         const CpuLevel detected = detected_cpu_level();
@@ -39,6 +40,20 @@ inline CpuLevel cpu_level() {
         return detected;
     }();
     return level;
+}
+
+// Whether the processor multiplies pairs of bfloat16, beside the level avx512.
+inline bool has_bfloat_products() {
+#if GVIT_X86_LEVELS
+    static const bool found = [] {
+        const char* wish = std::getenv("GROUPVIT_CPU");
+        const bool hidden = wish != nullptr && std::strcmp(wish, "avx512") == 0;
+        return cpu_level() == CpuLevel::avx512 && __builtin_cpu_supports("avx512bf16") && !hidden;
+    }();
+    return found;
+#else
+    return false;
+#endif
 }
 
 #if GVIT_X86_LEVELS

@@ -4,6 +4,9 @@
 //     #include "csrc/cpu_levels.h"
 //     ... GVIT_BEST(function)(arguments) calls the function of the best level that the processor has
 //
+// With GVIT_BFLOAT_LEVEL defined, also for `avx512_bfloat`, where pairs of bfloat16 can be multiplied: to be called
+// by name where has_bfloat_products().
+//
 // `dispatch` (csrc/cpu_dispatch.h) serves loops that the compiler vectorises by itself. The kernels here are
 // written in the compiler's vector types, whose width is fixed where they are parsed, and so are parsed again
 // for every level; plain C++ compiles them for any processor, with 16-byte vectors.
@@ -65,6 +68,26 @@
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#endif
+
+#if defined(GVIT_BFLOAT_LEVEL)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#define GVIT_LEVEL avx512_bfloat
+#define GVIT_VECTOR_BYTES 64
+#define GVIT_VECTOR_REGISTERS 32
+#define GVIT_BFLOAT_PRODUCTS 1
+#include "csrc/cpu_level.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 #endif
 
 #define GVIT_BEST(function)                                                      \

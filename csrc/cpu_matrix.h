@@ -29,8 +29,17 @@ void convert_row(const From* from, To* __restrict__ to, index_t width) {
         std::memcpy(to, from, width * sizeof(To));
     else if constexpr (std::is_same_v<To, accumulate_t<From>>)
         for (index_t j = 0; j < width; ++j) to[j] = widen(from[j]);
-    else
-        for (index_t j = 0; j < width; ++j) to[j] = narrow<To>(from[j]);
+    else {
+        index_t j = 0;
+#if GVIT_BFLOAT_PRODUCTS
+        if constexpr (std::is_same_v<To, bfloat16>)
+            for (; j + kLanes<From> <= width; j += kLanes<From>) {
+                const auto rounded = _mm512_cvtneps_pbh(load(from + j));
+                __builtin_memcpy(to + j, &rounded, sizeof rounded);
+            }
+#endif
+        for (; j < width; ++j) to[j] = narrow<To>(from[j]);
+    }
 }
 
 // `count` rows starting at `from`; `scratch` holds count * padded(width) elements.
@@ -105,8 +114,9 @@ void transpose_rows(Rows<T> rows, index_t count, index_t width, T* to, index_t t
 
 // The same for at most half a vector of rows, two columns at a time, as paired_product wants them: a pair moves
 // as one element of twice the size, though a row need not begin at a multiple of one.
-inline void transpose_pairs(Rows<float> rows, index_t count, index_t width, float* to) {
-    static_assert(sizeof(double) == 2 * sizeof(float));
+template <class E>
+void transpose_pairs(Rows<E> rows, index_t count, index_t width, E* to) {
+    static_assert(sizeof(double) == 2 * sizeof(E));
     const auto row_of = [rows](index_t i) { return reinterpret_cast<const double*>(rows[i]); };
     transpose_by<double>(row_of, count, width / 2, reinterpret_cast<double*>(to), kLanes<double>);
 }

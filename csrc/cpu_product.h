@@ -12,86 +12,103 @@ struct Strided {
     index_t row, column;
 };
 
+// What a product multiplies and in what it sums: a floating-point number in itself, or a pair of bfloat16, the two
+// of a step beside each other, in float32.
+using BfloatPair = uint32_t;
+template <class E>
+using Sum = std::conditional_t<std::is_same_v<E, BfloatPair>, float, E>;
+
+template <class E>
+GVIT_INLINE Vector<Sum<E>> multiply_add(Vector<E> a, Vector<E> b, Vector<Sum<E>> sum) {
+#if GVIT_BFLOAT_PRODUCTS
+    if constexpr (std::is_same_v<E, BfloatPair>)
+        return _mm512_dpbf16_ps(sum, reinterpret<__m512bh>(a), reinterpret<__m512bh>(b));
+    else
+#endif
+        return sum + a * b;
+}
+
 // c[m][0 .. vectors*lanes) (+)= sum over k of a(m, k) * b[k][...], for `rows` rows kept in registers.
-template <class T, int rows, int vectors>
-GVIT_INLINE void product_block(Strided<T> a, const T* b, index_t b_row, T* c, index_t c_row, index_t depth,
+template <class E, int rows, int vectors>
+GVIT_INLINE void product_block(Strided<E> a, const E* b, index_t b_row, Sum<E>* c, index_t c_row, index_t depth,
                                bool accumulate) {
-    constexpr int lanes = kLanes<T>;
-    Vector<T> sum[rows][vectors];
+    constexpr int lanes = kLanes<E>;
+    using Sums = Vector<Sum<E>>;
+    Sums sum[rows][vectors];
     for (int m = 0; m < rows; ++m)
-        for (int v = 0; v < vectors; ++v) sum[m][v] = accumulate ? load(c + m * c_row + v * lanes) : Vector<T>{};
+        for (int v = 0; v < vectors; ++v) sum[m][v] = accumulate ? load(c + m * c_row + v * lanes) : Sums{};
     for (index_t k = 0; k < depth; ++k) {
         if (k % 16 == 0 && a.column == 1)
             for (int m = 0; m < rows; ++m) __builtin_prefetch(a.data + (m + rows) * a.row + k);
-        Vector<T> right[vectors];
+        Vector<E> right[vectors];
         for (int v = 0; v < vectors; ++v) right[v] = load(b + k * b_row + v * lanes);
         for (int m = 0; m < rows; ++m) {
-            const T left = a.data[m * a.row + k * a.column];
-            for (int v = 0; v < vectors; ++v) sum[m][v] += left * right[v];
+            const Vector<E> left = fill(a.data[m * a.row + k * a.column]);
+            for (int v = 0; v < vectors; ++v) sum[m][v] = multiply_add<E>(left, right[v], sum[m][v]);
         }
     }
     for (int m = 0; m < rows; ++m)
         for (int v = 0; v < vectors; ++v) store(c + m * c_row + v * lanes, sum[m][v]);
 }
 
-template <class T, int rows, int vectors>
-void product_rows(Strided<T> a, const T* b, index_t b_row, T* c, index_t c_row, index_t count, index_t depth,
+template <class E, int rows, int vectors>
+void product_rows(Strided<E> a, const E* b, index_t b_row, Sum<E>* c, index_t c_row, index_t count, index_t depth,
                   bool accumulate) {
     index_t m = 0;
     for (; m + rows <= count; m += rows) {
-        const Strided<T> block{a.data + m * a.row, a.row, a.column};
-        product_block<T, rows, vectors>(block, b, b_row, c + m * c_row, c_row, depth, accumulate);
+        const Strided<E> block{a.data + m * a.row, a.row, a.column};
+        product_block<E, rows, vectors>(block, b, b_row, c + m * c_row, c_row, depth, accumulate);
     }
     if constexpr (rows > 1) {
         constexpr int fewer = rows > 6 ? rows / 2 : rows - 1;
-        const Strided<T> rest{a.data + m * a.row, a.row, a.column};
+        const Strided<E> rest{a.data + m * a.row, a.row, a.column};
         if (m < count)
-            product_rows<T, fewer, vectors>(rest, b, b_row, c + m * c_row, c_row, count - m, depth, accumulate);
+            product_rows<E, fewer, vectors>(rest, b, b_row, c + m * c_row, c_row, count - m, depth, accumulate);
     }
 }
 
-// c[m][n] (+)= sum over k of a(m, k) * b[k][n] for n < width, a multiple of the lanes of T.
-template <class T>
-void product(Strided<T> a, const T* b, index_t b_row, T* c, index_t c_row, index_t count, index_t width, index_t depth,
-             bool accumulate) {
-    constexpr int lanes = kLanes<T>;
+// c[m][n] (+)= sum over k of a(m, k) * b[k][n] for n < width, a multiple of the lanes of E.
+template <class E>
+void product(Strided<E> a, const E* b, index_t b_row, Sum<E>* c, index_t c_row, index_t count, index_t width,
+             index_t depth, bool accumulate) {
+    constexpr int lanes = kLanes<E>;
     constexpr index_t kDepthTile = 128;  // 128 rows of a panel of b stay in the first-level cache
     if (depth == 0 && !accumulate)
-        for (index_t m = 0; m < count; ++m) std::memset(c + m * c_row, 0, width * sizeof(T));
+        for (index_t m = 0; m < count; ++m) std::memset(c + m * c_row, 0, width * sizeof(E));
     for (index_t k = 0; k < depth; k += kDepthTile) {
         const index_t tile = smaller(kDepthTile, depth - k);
-        const Strided<T> left{a.data + k * a.column, a.row, a.column};
-        const T* right = b + k * b_row;
+        const Strided<E> left{a.data + k * a.column, a.row, a.column};
+        const E* right = b + k * b_row;
         const bool add = accumulate || k > 0;
         index_t n = 0;
 #if GVIT_VECTOR_REGISTERS >= 32
         for (; n + 4 * lanes <= width; n += 4 * lanes)
-            product_rows<T, 6, 4>(left, right + n, b_row, c + n, c_row, count, tile, add);
+            product_rows<E, 6, 4>(left, right + n, b_row, c + n, c_row, count, tile, add);
         for (; n + 2 * lanes <= width; n += 2 * lanes)
-            product_rows<T, 8, 2>(left, right + n, b_row, c + n, c_row, count, tile, add);
-        for (; n < width; n += lanes) product_rows<T, 16, 1>(left, right + n, b_row, c + n, c_row, count, tile, add);
+            product_rows<E, 8, 2>(left, right + n, b_row, c + n, c_row, count, tile, add);
+        for (; n < width; n += lanes) product_rows<E, 16, 1>(left, right + n, b_row, c + n, c_row, count, tile, add);
 #else
         for (; n + 2 * lanes <= width; n += 2 * lanes)
-            product_rows<T, 6, 2>(left, right + n, b_row, c + n, c_row, count, tile, add);
-        for (; n < width; n += lanes) product_rows<T, 8, 1>(left, right + n, b_row, c + n, c_row, count, tile, add);
+            product_rows<E, 6, 2>(left, right + n, b_row, c + n, c_row, count, tile, add);
+        for (; n < width; n += lanes) product_rows<E, 8, 1>(left, right + n, b_row, c + n, c_row, count, tile, add);
 #endif
     }
 }
 
 // The same for a result of half a vector's width, where a vector of b holds two steps of depth: lane 2n + i of
 // vector k belongs to column n and step 2k + i (transpose_pairs). One broadcast brings two elements of a.
-template <int rows>
-GVIT_INLINE void paired_block(const float* a, index_t a_row, const float* b, float* c, index_t depth) {
+template <class E, int rows>
+GVIT_INLINE void paired_block(const E* a, index_t a_row, const E* b, float* c, index_t depth) {
     constexpr int lanes = kLanes<float>;
     Vector<float> sum[rows] = {};
     for (index_t k = 0; k < depth; k += 2) {
         if (k % 16 == 0)
             for (int m = 0; m < rows; ++m) __builtin_prefetch(a + (m + rows) * a_row + k);
-        const Vector<float> right = load(b + k / 2 * lanes);
+        const Vector<E> right = load(b + k / 2 * lanes);
         for (int m = 0; m < rows; ++m) {
             double pair;
             __builtin_memcpy(&pair, a + m * a_row + k, sizeof pair);
-            sum[m] += reinterpret<Vector<float>>(fill(pair)) * right;
+            sum[m] = multiply_add<E>(reinterpret<Vector<E>>(fill(pair)), right, sum[m]);
         }
     }
     for (int m = 0; m < rows; m += 2) {
@@ -102,12 +119,13 @@ GVIT_INLINE void paired_block(const float* a, index_t a_row, const float* b, flo
 
 // c[m][n] = sum over k of a[m][k] * b[k][n] for n < kLanes / 2, an even depth, and an even number of rows of c:
 // an odd last row of a is computed twice.
-inline void paired_product(const float* a, index_t a_row, const float* b, float* c, index_t count, index_t depth) {
+template <class E>
+void paired_product(const E* a, index_t a_row, const E* b, float* c, index_t count, index_t depth) {
     constexpr int rows = GVIT_VECTOR_REGISTERS >= 32 ? 16 : 8;
     constexpr index_t c_row = kLanes<float> / 2;
     index_t m = 0;
-    for (; m + rows <= count; m += rows) paired_block<rows>(a + m * a_row, a_row, b, c + m * c_row, depth);
-    for (; m < count; m += 2) paired_block<2>(a + m * a_row, m + 1 < count ? a_row : 0, b, c + m * c_row, depth);
+    for (; m + rows <= count; m += rows) paired_block<E, rows>(a + m * a_row, a_row, b, c + m * c_row, depth);
+    for (; m < count; m += 2) paired_block<E, 2>(a + m * a_row, m + 1 < count ? a_row : 0, b, c + m * c_row, depth);
 }
 
 // Lane i of the result is the sum over the lanes of v[i]: neighbours are added until one vector is left.

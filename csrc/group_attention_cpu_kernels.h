@@ -1,11 +1,16 @@
 // CPU kernels of group_attention for a range of heads. Included once per level, see csrc/cpu_levels.h.
 #include "csrc/group_attention_cpu_tile.h"
 
+#if GVIT_BFLOAT_PRODUCTS
+#include "csrc/group_attention_cpu_bfloat.h"
+#endif
+
 namespace gvit::GVIT_LEVEL {
 
-template <class S>
-class AttentionForward : AttentionTile<S> {
-    using Base = AttentionTile<S>;
+template <class Products>
+class AttentionForward : Products {
+    using Base = Products;
+    using S = typename Base::Storage;
     using T = typename Base::T;
     using Base::lanes, Base::p, Base::groups, Base::depth_row, Base::logits, Base::memory, Base::tile;
     using Base::token_step, Base::group_step, Base::vector_step, Base::block_step;
@@ -33,8 +38,7 @@ class AttentionForward : AttentionTile<S> {
             for (index_t block = 0; block < this->blocks(); ++block)
                 soften(logits + block * block_step, block * lanes, this->vectors(count));
             if (first > 0) correct_sums();
-            product<T>({logits, group_step, token_step}, this->values.data, this->values.row, sums.data, sums.row,
-                       groups, depth_row, count, first > 0);
+            this->weigh_values(count, sums, first > 0);
         }
         finish();
     }
@@ -105,23 +109,22 @@ class AttentionForward : AttentionTile<S> {
 };
 
 // All tiles of groups of one head: gradients of keys and values are summed over them in order.
-template <class S>
-class AttentionBackward : AttentionTile<S> {
-    using Base = AttentionTile<S>;
+template <class Products>
+class AttentionBackward : Products {
+    using Base = Products;
+    using S = typename Base::Storage;
     using T = typename Base::T;
     using Base::lanes, Base::p, Base::groups, Base::depth_row, Base::logits, Base::memory, Base::tile;
     using Base::token_step, Base::group_step, Base::vector_step, Base::block_step;
 
     T* const gradient_scratch = memory.template take<T>(Base::groups_limit * depth_row);
     T* const output_scratch = memory.template take<T>(Base::groups_limit * depth_row);
-    T* const gradient_t = memory.template take<T>(Base::dots ? 0 : p.depth * Base::groups_row);
     T* const d_logits = this->take_logits();
     T* const grad_query = memory.template take<T>(Base::groups_limit * depth_row);
     T* const output_dot = memory.template take<T>(Base::statistics_size());
     T* const lse = memory.template take<T>(Base::statistics_size());
     T* const key_sums = memory.template take<T>(in_place<S>(p.depth) ? 0 : p.tokens * depth_row);
     T* const value_sums = memory.template take<T>(in_place<S>(p.depth) ? 0 : p.tokens * depth_row);
-    Rows<T> gradient{};
 
   public:
     explicit AttentionBackward(const AttentionParams& params) : Base(params) {}
@@ -136,13 +139,8 @@ class AttentionBackward : AttentionTile<S> {
                 const index_t count = smaller(tile, p.tokens - first);
                 this->load_tile(first, count);
                 differentiate(count);
-                const bool add = group > 0;
-                product<T>({logits, token_step, group_step}, gradient.data, gradient.row, grad_value[first],
-                           grad_value.row, count, depth_row, groups, add);
-                product<T>({d_logits, token_step, group_step}, this->query.data, this->query.row, grad_key[first],
-                           grad_key.row, count, depth_row, groups, add);
-                product<T>({d_logits, group_step, token_step}, this->keys.data, this->keys.row, grad_query, depth_row,
-                           groups, depth_row, count, true);
+                this->add_products(count, d_logits, {grad_query, depth_row}, {grad_key[first], grad_key.row},
+                                   {grad_value[first], grad_value.row}, group > 0);
             }
             const S* to = this->at(p.grad_query, group);
             write_rows<S>({grad_query, depth_row}, const_cast<S*>(to), p.grad_query.row, groups, p.depth);
@@ -154,8 +152,9 @@ class AttentionBackward : AttentionTile<S> {
   private:
     void start(index_t flat_head, index_t group) {
         Base::start(flat_head, group);
-        gradient = read_rows<S>(this->at(p.grad_output, group), p.grad_output.row, groups, p.depth, gradient_scratch);
-        this->transpose(gradient, gradient_t);
+        const Rows<T> gradient =
+            read_rows<S>(this->at(p.grad_output, group), p.grad_output.row, groups, p.depth, gradient_scratch);
+        this->start_gradient(gradient);
         std::memset(grad_query, 0, groups * depth_row * sizeof(T));
         const T* saved = this->statistics(p.lse);
         for (index_t s = 0; s < this->statistics_size(); ++s) lse[s] = output_dot[s] = 0;
@@ -174,7 +173,7 @@ class AttentionBackward : AttentionTile<S> {
 
     // logits become probabilities, d_logits scale * their gradient.
     void differentiate(index_t count) {
-        this->multiply(this->values, gradient, gradient_t, count, d_logits);
+        this->multiply_gradient(count, d_logits);
         const index_t vectors = this->vectors(count);
         for (index_t block = 0; block < this->blocks(); ++block) {
             const Vector<T> normaliser = load(lse + block * lanes), mean = load(output_dot + block * lanes);
@@ -189,21 +188,39 @@ class AttentionBackward : AttentionTile<S> {
     }
 };
 
-// Forward: units are the tiles of groups of all heads.
-inline void group_attention(const AttentionParams& p, index_t first, index_t last) {
-    with_storage_type(p.storage, [&](auto type) {
-        AttentionForward<decltype(type)> kernel(p);
-        const index_t tiles = ceil_div(p.groups, kGroupTile);
-        for (index_t unit = first; unit < last; ++unit) kernel.run(unit / tiles, unit % tiles * kGroupTile);
-    });
+// Units are the tiles of groups of all heads.
+template <class Products>
+void attend(const AttentionParams& p, index_t first, index_t last) {
+    AttentionForward<Products> kernel(p);
+    const index_t tiles = ceil_div(p.groups, kGroupTile);
+    for (index_t unit = first; unit < last; ++unit) kernel.run(unit / tiles, unit % tiles * kGroupTile);
 }
 
-// Backward: units are the heads.
+// Units are the heads.
+template <class Products>
+void differentiate_attention(const AttentionParams& p, index_t first, index_t last) {
+    AttentionBackward<Products> kernel(p);
+    for (index_t unit = first; unit < last; ++unit) kernel.run(unit);
+}
+
+#if GVIT_BFLOAT_PRODUCTS
+inline void group_attention(const AttentionParams& p, index_t first, index_t last) {
+    attend<BfloatProducts>(p, first, last);
+}
+
+inline void group_attention_backward(const AttentionParams& p, index_t first, index_t last) {
+    differentiate_attention<BfloatGradientProducts>(p, first, last);
+}
+#else
+inline void group_attention(const AttentionParams& p, index_t first, index_t last) {
+    with_storage_type(p.storage, [&](auto type) { attend<AttentionProducts<decltype(type)> >(p, first, last); });
+}
+
 inline void group_attention_backward(const AttentionParams& p, index_t first, index_t last) {
     with_storage_type(p.storage, [&](auto type) {
-        AttentionBackward<decltype(type)> kernel(p);
-        for (index_t unit = first; unit < last; ++unit) kernel.run(unit);
+        differentiate_attention<AttentionGradientProducts<decltype(type)> >(p, first, last);
     });
 }
+#endif
 
 }  // namespace gvit::GVIT_LEVEL

@@ -15,63 +15,47 @@ inline index_t attention_tile(index_t tokens, index_t groups) {
                            : round_up<index_t>(ceil_div(tokens, ceil_div(tokens, limit)), 12);
 }
 
-// One (sample, head, tile of groups): what forward and backward share.
-//
-// How the logits of a tile lie, so that few lanes idle (`Layout`); the vectors over which a softmax runs, one
-// lane or all lanes of them belonging to a group, form a block:
+// How the logits of a tile lie, so that few lanes idle; the vectors over which a softmax runs, one lane or all
+// lanes of them belonging to a group, form a block:
 //   columns   [token][group], groups padded to whole vectors; a block is a vector of groups, one token each
 //   pairs     the same for at most half a vector of groups: a vector holds two tokens, and the products take two
 //             steps of depth at a time; the only block is all of them
 //   rows      [group][token] for at most a quarter of a vector of groups; a block is a group
 enum class Layout { columns, pairs, rows };
 
-template <class T>
-Layout layout_of(index_t groups, index_t depth) {
-    if (groups <= kLanes<T> / 4) return Layout::rows;
-    return sizeof(T) == 4 && groups <= kLanes<T> / 2 && depth % 2 == 0 ? Layout::pairs : Layout::columns;
-}
-
+// One (sample, head, tile of groups): the logits of a tile of tokens, and where what belongs to them lies.
 template <class S>
 struct AttentionTile {
+    using Storage = S;
     using T = accumulate_t<S>;
     static constexpr index_t lanes = kLanes<T>;
 
     const AttentionParams& p;
     const index_t tile, groups_limit, depth_row;
     const Layout layout;
-    const bool dots;           // logits as products of rows with rows, nothing transposed
     const index_t groups_row;  // groups, padded as far as `columns` and `pairs` need
     const index_t token_step, group_step;
     const index_t vector_step, block_step;  // to the next vector of a block, to the next block
     Workspace memory;
-    T *query_t, *logits, *key_scratch, *value_scratch, *query_scratch, *scaled;
-    Rows<T> query{}, keys{}, values{};
+    T* const logits;
     index_t sample = 0, head = 0, first_group = 0, groups = 0;
 
-    explicit AttentionTile(const AttentionParams& params)
+    AttentionTile(const AttentionParams& params, Layout layout_of_logits)
         : p(params),
           tile(attention_tile(params.tokens, params.groups)),
           groups_limit(smaller(kGroupTile, params.groups)),
           depth_row(padded<T>(params.depth)),
-          layout(layout_of<T>(groups_limit, params.depth)),
-          dots(layout == Layout::rows || ((layout == Layout::columns || params.tokens <= lanes) &&
-                                          by_rows<T>(params.tokens, groups_limit, params.depth))),
+          layout(layout_of_logits),
           groups_row(layout == Layout::pairs ? lanes / 2 : padded<T>(groups_limit)),
           token_step(layout == Layout::rows ? 1 : groups_row),
           group_step(layout == Layout::rows ? padded<T>(tile) : 1),
           vector_step(larger(token_step, lanes)),
-          block_step(layout == Layout::rows ? group_step : lanes) {
-        query_t = memory.take<T>(dots ? 0 : p.depth * groups_row);
-        logits = take_logits();
-        key_scratch = memory.take<T>(tile * depth_row);
-        value_scratch = memory.take<T>(tile * depth_row);
-        query_scratch = memory.take<T>(groups_limit * depth_row);
-        scaled = memory.take<T>(groups_limit * depth_row);
-    }
+          block_step(layout == Layout::rows ? group_step : lanes),
+          logits(take_logits()) {}
 
     // Lanes of no group or no token are computed with, and so need a value.
     T* take_logits() {
-        const index_t size = layout == Layout::rows ? groups_limit * group_step : (tile + 1) * groups_row;
+        const index_t size = layout == Layout::rows ? groups_limit * group_step : (tile + 3) * groups_row;
         T* memory_of_tile = memory.take<T>(size);
         std::memset(memory_of_tile, 0, size * sizeof(T));
         return memory_of_tile;
@@ -102,21 +86,54 @@ struct AttentionTile {
     }
 
     // `flat_head` counts the heads of all samples.
-    void start(index_t flat_head, index_t group) {
+    void select(index_t flat_head, index_t group) {
         sample = flat_head / p.heads;
         head = flat_head % p.heads;
         first_group = group;
         groups = smaller(groups_limit, p.groups - group);
-        query = read_rows<S>(at(p.query, group), p.query.row, groups, p.depth, query_scratch);
+    }
+};
+
+template <class T>
+Layout layout_of(index_t groups, index_t depth) {
+    if (groups <= kLanes<T> / 4) return Layout::rows;
+    return sizeof(T) == 4 && groups <= kLanes<T> / 2 && depth % 2 == 0 ? Layout::pairs : Layout::columns;
+}
+
+// The products of a tile in the type of accumulation.
+template <class S>
+struct AttentionProducts : AttentionTile<S> {
+    using Base = AttentionTile<S>;
+    using T = typename Base::T;
+    using Base::lanes, Base::p, Base::tile, Base::groups, Base::groups_limit, Base::groups_row, Base::depth_row;
+    using Base::logits, Base::layout, Base::token_step, Base::group_step, Base::memory;
+
+    const bool dots;  // logits as products of rows with rows, nothing transposed
+    T* const query_t = memory.template take<T>(dots ? 0 : p.depth * groups_row);
+    T* const key_scratch = memory.template take<T>(tile * depth_row);
+    T* const value_scratch = memory.template take<T>(tile * depth_row);
+    T* const query_scratch = memory.template take<T>(groups_limit * depth_row);
+    T* const scaled = memory.template take<T>(groups_limit * depth_row);
+    Rows<T> query{}, keys{}, values{};
+
+    explicit AttentionProducts(const AttentionParams& params)
+        : Base(params, layout_of<T>(smaller(kGroupTile, params.groups), params.depth)),
+          dots(layout == Layout::rows ||
+               ((layout == Layout::columns || p.tokens <= lanes) && by_rows<T>(p.tokens, groups_limit, p.depth))) {}
+
+    void start(index_t flat_head, index_t group) {
+        this->select(flat_head, group);
+        query = read_rows<S>(this->at(p.query, group), p.query.row, groups, p.depth, query_scratch);
         for (index_t s = 0; s < groups; ++s)
             for (index_t d = 0; d < depth_row; d += lanes)
                 store(scaled + s * depth_row + d, load(query[s] + d) * static_cast<T>(p.scale));
         transpose({scaled, depth_row}, query_t);
     }
 
+    // Logits of `count` tokens from `first` on.
     void load_tile(index_t first, index_t count) {
-        keys = read_rows<S>(at(p.key, first), p.key.row, count, p.depth, key_scratch);
-        values = read_rows<S>(at(p.value, first), p.value.row, count, p.depth, value_scratch);
+        keys = read_rows<S>(this->at(p.key, first), p.key.row, count, p.depth, key_scratch);
+        values = read_rows<S>(this->at(p.value, first), p.value.row, count, p.depth, value_scratch);
         // The values are not read before the softmax: they come in while the keys are multiplied, where that is
         // enough work to hide it.
         constexpr index_t kBlock = 48;
@@ -125,6 +142,12 @@ struct AttentionTile {
             if (groups > 16) prefetch_rows(values[l], values.row, block);
             multiply({keys[l], keys.row}, {scaled, depth_row}, query_t, block, logits + l * token_step);
         }
+    }
+
+    // sums (+)= weights of the tile, in place of its logits, times values.
+    void weigh_values(index_t count, Rows<T> sums, bool add) const {
+        product<T>({logits, group_step, token_step}, values.data, values.row, sums.data, sums.row, groups, depth_row,
+                   count, add);
     }
 
     // Rows of this tile of groups to the layout that `multiply` takes.
@@ -148,6 +171,40 @@ struct AttentionTile {
         constexpr index_t kLine = 64 / sizeof(T);
         for (index_t i = 0; i < count; ++i)
             for (index_t d = 0; d < p.depth; d += kLine) __builtin_prefetch(rows + i * row + d);
+    }
+};
+
+// The products of the gradient of a tile.
+template <class S>
+struct AttentionGradientProducts : AttentionProducts<S> {
+    using Base = AttentionProducts<S>;
+    using T = typename Base::T;
+    using Base::p, Base::groups, Base::depth_row, Base::logits, Base::token_step, Base::group_step, Base::memory;
+
+    T* const gradient_t = memory.template take<T>(Base::dots ? 0 : p.depth * Base::groups_row);
+    Rows<T> gradient{};
+
+    using Base::Base;
+
+    void start_gradient(Rows<T> grad_output) {
+        gradient = grad_output;
+        this->transpose(gradient, gradient_t);
+    }
+
+    // Gradient of the weights of the tile.
+    void multiply_gradient(index_t count, T* d_weights) const {
+        this->multiply(this->values, gradient, gradient_t, count, d_weights);
+    }
+
+    // From the weights, in place of the logits, and the gradient of the logits.
+    void add_products(index_t count, T* d_logits, Rows<T> grad_query, Rows<T> grad_key, Rows<T> grad_value,
+                      bool add) const {
+        product<T>({logits, token_step, group_step}, gradient.data, gradient.row, grad_value.data, grad_value.row,
+                   count, depth_row, groups, add);
+        product<T>({d_logits, token_step, group_step}, this->query.data, this->query.row, grad_key.data, grad_key.row,
+                   count, depth_row, groups, add);
+        product<T>({d_logits, group_step, token_step}, this->keys.data, this->keys.row, grad_query.data, grad_query.row,
+                   groups, depth_row, count, true);
     }
 };
 

@@ -61,7 +61,7 @@ def test_a_sample_does_not_depend_on_its_batch():
         assert all(torch.equal(one[i : i + 1], other) for one, other in zip(whole, alone, strict=True))
 
 
-@pytest.mark.parametrize("level", ["plain", "avx2"])
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
 def test_every_instruction_set_passes_the_operator_tests(level):
     """The level is chosen once per process, so the suite is run again in another one."""
     tests = [

@@ -98,6 +98,17 @@ def test_a_token_at_minus_infinity_is_ignored(backend):
     assert backend.group_attention(query, key, value).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [3, 7, 21])  # odd: where groups are paired, the last one is with nothing
+def test_a_token_that_no_group_reads_has_no_gradient(backend, groups, dtype):
+    query, key, value, gradient = inputs((1, 2, groups, 40, 16), dtype=dtype, device=backend.device)
+    query[..., 0], key[:, :, 5, 0] = query[..., 0].abs() + 1, -math.inf
+    value = leaf(value)
+    (grad,) = torch.autograd.grad(backend.group_attention(query, key, value), value, gradient)
+    assert (grad[:, :, 5] == 0).all()
+    assert torch.isfinite(grad).all()
+
+
 # ---- memory layouts --------------------------------------------------------------------------------------
 
 
