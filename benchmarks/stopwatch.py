@@ -42,6 +42,14 @@ def interleaved(
     Runs at least `rounds` rounds, then until `seconds` are spent. On a GPU events are timed, and the
     second-level cache is overwritten before every call.
     """
+    *_, samples = turns(candidates, device, seconds=seconds, rounds=rounds, clock=clock)
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def turns(
+    candidates: Candidates, device: str, *, seconds: float, rounds: int = 7, clock: str = "wall"
+) -> Iterator[dict[str, list[float]]]:
+    """The milliseconds of all calls so far, after each round of `interleaved`."""
     measure = _on_gpu(device) if device == "cuda" else _on_cpu(CLOCKS[clock])
     for candidate in candidates.values():
         candidate()
@@ -50,7 +58,7 @@ def interleaved(
     while len(samples[next(iter(samples))]) < rounds or time.perf_counter() < end:
         for name, candidate in candidates.items():
             samples[name].append(measure(candidate))
-    return {name: Timing.of(times) for name, times in samples.items()}
+        yield samples
 
 
 def _on_cpu(now: Callable[[], float]) -> Callable[[Callable[[], object]], float]:
