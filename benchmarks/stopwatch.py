@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Candidates = dict[str, Callable[[], object]]
 
@@ -124,6 +125,40 @@ def memory_events(candidate: Callable[[], object]) -> list[int]:
         candidate()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+
+
+def saved_bytes(candidate: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> int:
+    """Bytes that a call keeps for its backward, beside its inputs and its result."""
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = candidate()
+    for tensor in (*inputs, result):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts operators whose result the host must know: on a GPU it waits for each."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.count += function in self.WAITING
+        return function(*arguments, **(keywords or {}))
+
+
+def host_reads(candidate: Callable[[], object]) -> int:
+    """How often a call reads a value of a tensor on the host (`item`, a condition, `nonzero`)."""
+    with _HostReads() as reads:
+        candidate()
+    return reads.count
 
 
 @contextmanager
