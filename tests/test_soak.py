@@ -14,10 +14,10 @@ import pytest
 
 STEPS = 6000
 ARGUMENTS = [
-    "--shapes-train", "96", "--shapes-val", "2", "--batch-size", "4", "--log-every", "10",
-    "--save-every", "99", "--eval-every", "500", "--multi-label", "2", "--model", "image.width=16",
-    "--model", "image.depths=[1,0]", "--model", "text.width=16", "--model", "text.layers=1", "--workers", "1", "--device", "cpu",
-    "--steps", str(STEPS), "--model-ema", "--quiet",
+    "--shapes-train", "96", "--shapes-val", "2", "--batch-size", "4", "--multi-label", "2", "--model-ema",
+    "--log-every", "10", "--save-every", "99", "--eval-every", "500", "--steps", str(STEPS),
+    "--model", "image.width=16", "--model", "image.depths=[1,0]", "--model", "text.width=16",
+    "--model", "text.layers=1", "--workers", "1", "--device", "cpu", "--quiet",
 ]  # fmt: skip
 
 
