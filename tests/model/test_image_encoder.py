@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from groupvit_fast import ops
 from groupvit_fast.model.image_encoder import ImageEncoder, stage_noise_key
-from groupvit_fast.model.layers import DropPath
+from groupvit_fast.model.layers import DropPath, attend
 from groupvit_fast.model.presets import ImageConfig, preset
 
 
@@ -184,3 +184,23 @@ def test_drop_path_rates_rise_from_zero(small_config):
     encoder = ImageEncoder(small_config.image)
     rates = [block.drop_path.rate for stage in encoder.stages for block in stage.blocks]
     assert_close(torch.tensor(rates), torch.linspace(0, 0.1, 4))
+
+
+@pytest.mark.parametrize("mask", [{}, {"is_causal": True}])
+def test_attention_in_bf16_on_a_cpu_is_as_exact_as_bf16(mask):
+    """Under autocast too, which would have PyTorch's own attention compute in bfloat16."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 40, 3, 64).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    wanted = attend(*exact, **mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*tensors, **mask)
+    assert found.dtype == torch.bfloat16
+    rounding = (wanted.bfloat16().double() - wanted).norm()
+    # with a mask it is computed in float32; products of our operator round the probabilities as well
+    assert (found.double() - wanted).norm() < (1.05 if mask else 2) * rounding
+    found.sum().backward()
+    wanted.sum().backward()
+    for tensor, reference in zip(tensors, exact, strict=True):
+        error = (tensor.grad.double() - reference.grad).norm()
+        assert error <= 0.01 * reference.grad.norm()
