@@ -54,10 +54,12 @@ def _bench(name: str, seconds: int, *arguments: str, script: str = "") -> Part:
     return Part(name, seconds, (PYTHON, path, "--device", "{device}", "--json", "{json}", *arguments))
 
 
+_LOADER = ("--data", "--only-ours", "--seconds", "8", "--rounds", "3")
 CPU_PARTS = (
     _bench("ceilings", 20),
-    _bench("kernel_bench", 170, "--full"),
-    _bench("train_bench", 240, "--seconds", "10", "--rounds", "3"),
+    _bench("kernel_bench", 200, "--full"),
+    _bench("train_bench", 150, "--seconds", "10", "--rounds", "3"),
+    _bench("train_bench_loader", 60, *_LOADER, script="train_bench"),
     _bench("eval_bench", 130, "--images", "16", "--part", "4", "--seconds", "1"),
     _bench("data_bench", 120, "--seconds", "4"),
     _bench("scaling", 110),
@@ -73,6 +75,7 @@ GPU_PARTS = (
     Part("operator_tests", 120, (*_TESTS, "tests/ops", "-k", "cuda and not host_cuda")),
     _bench("train_bench", 90, "--compile", "--seconds", "10"),
     _bench("train_bench_large", 60, "--compile", "--only-ours", "--batch-size", "1024", script="train_bench"),
+    _bench("train_bench_loader", 45, *_LOADER, script="train_bench"),
     _bench("eval_bench", 60),
     _bench("data_bench", 45),
     *(

@@ -27,6 +27,7 @@ from groupvit_fast.console import UserError, resolve_device, run_command
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PASSES = ("forward", "forward+backward")
+COUNTED = ("eager", "ours")  # contenders whose memory and waiting are counted too
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,7 +73,9 @@ def measure(
                 bytes=moved,
                 floor_s=floor,
                 percent_of_copy={k: 100 * floor / (t.median * 1e-3) for k, t in timings.items()},
-                peak_bytes={k: stopwatch.peak_memory(candidates[k], device) for k in ("eager", "ours")},
+                peak_bytes={k: stopwatch.peak_memory(candidates[k], device) for k in COUNTED},
+                host_reads={k: stopwatch.host_reads(candidates[k]) for k in COUNTED},
+                saved_bytes={k: stopwatch.saved_bytes(forward[k], case.leaves) for k in COUNTED if both},
             )
         )
     return passes

@@ -131,6 +131,10 @@ def extras(row: Mapping[str, Any]) -> str:
         said.append(f"{row['share_of_matmul']:.0%} of a matrix product's rate")
     if "peak_bytes" in row:
         said.append(f"peak {row['peak_bytes'] / 2**20:.1f} MB")
+    if "saved_bytes" in row:
+        said.append(f"{row['saved_bytes'] / 2**20:.2f} MB kept for the backward")
+    if row.get("host_reads"):
+        said.append(f"read by the host {row['host_reads']} times")
     return ", ".join(said)
 
 

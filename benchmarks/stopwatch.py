@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Candidates = dict[str, Callable[[], object]]
 
@@ -42,6 +43,14 @@ def interleaved(
     Runs at least `rounds` rounds, then until `seconds` are spent. On a GPU events are timed, and the
     second-level cache is overwritten before every call.
     """
+    *_, samples = turns(candidates, device, seconds=seconds, rounds=rounds, clock=clock)
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def turns(
+    candidates: Candidates, device: str, *, seconds: float, rounds: int = 7, clock: str = "wall"
+) -> Iterator[dict[str, list[float]]]:
+    """The milliseconds of all calls so far, after each round of `interleaved`."""
     measure = _on_gpu(device) if device == "cuda" else _on_cpu(CLOCKS[clock])
     for candidate in candidates.values():
         candidate()
@@ -50,7 +59,7 @@ def interleaved(
     while len(samples[next(iter(samples))]) < rounds or time.perf_counter() < end:
         for name, candidate in candidates.items():
             samples[name].append(measure(candidate))
-    return {name: Timing.of(times) for name, times in samples.items()}
+        yield samples
 
 
 def _on_cpu(now: Callable[[], float]) -> Callable[[Callable[[], object]], float]:
@@ -116,6 +125,40 @@ def memory_events(candidate: Callable[[], object]) -> list[int]:
         candidate()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+
+
+def saved_bytes(candidate: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> int:
+    """Bytes that a call keeps for its backward, beside its inputs and its result."""
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = candidate()
+    for tensor in (*inputs, result):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts operators whose result the host must know: on a GPU it waits for each."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.count += function in self.WAITING
+        return function(*arguments, **(keywords or {}))
+
+
+def host_reads(candidate: Callable[[], object]) -> int:
+    """How often a call reads a value of a tensor on the host (`item`, a condition, `nonzero`)."""
+    with _HostReads() as reads:
+        candidate()
+    return reads.count
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,11 @@ def breakdown(ours: train_cases.Ours, batch: Any, case: str, device: str, second
     return [value_row(f"part: {name}", case, "ours", value, "s") for name, value in sorted(spent.items())]
 
 
-def measure(arguments: argparse.Namespace, device: str) -> list[Row]:
-    """The rows of the comparison, the parts of our step, and its share of the possible arithmetic."""
+def measure(arguments: argparse.Namespace, device: str) -> Iterator[tuple[list[Row], bool]]:
+    """Rows of the comparison after each round, and in the end with peak memory; then those of what is left.
+
+    Whether they are final comes with them; until then, later rows of the same name take their place.
+    """
     dtype = arguments.precision or ("bf16" if device == "cuda" else "float32")
     config = recipe(arguments.preset)
     prompts = config.multi_label if arguments.multi_label is None else arguments.multi_label
@@ -109,21 +112,24 @@ def measure(arguments: argparse.Namespace, device: str) -> list[Row]:
     case = f"{arguments.preset} B{size} {dtype}" + (" with loader" if arguments.data else "")
     feed = feeds(arguments, config, settings, device, list(made))
     calls = {name: (lambda name=name, step=step: step(feed[name]())) for name, step in made.items()}
-    timings = stopwatch.interleaved(calls, device, seconds=arguments.seconds, rounds=arguments.rounds)
-    lengths = (batch.texts.argmax(1) + 1).tolist()
-    flops = step_flops(settings, lengths, size, prompts)
+    flops = step_flops(settings, (batch.texts.argmax(1) + 1).tolist(), size, prompts)
     speed = matmul_speed(device, DTYPES[dtype])
+
+    def compared(samples: dict[str, list[float]], **more: Any) -> list[Row]:
+        timings = {name: stopwatch.Timing.of(times) for name, times in samples.items()}
+        shares = {name: flops / (timing.median * 1e-3) / speed for name, timing in timings.items()}
+        about = {"items": size, "unit": "pairs", "flops": flops, "share_of_matmul": shares}
+        return timing_rows("training step", case, timings, **about, **more)
+
+    for samples in stopwatch.turns(calls, device, seconds=arguments.seconds, rounds=arguments.rounds):
+        yield compared(samples), False
     peaks = {name: stopwatch.peak_memory(call, device) for name, call in calls.items()}
-    utilisation = {name: flops / (timing.median * 1e-3) / speed for name, timing in timings.items()}
-    rows = timing_rows(
-        "training step", case, timings, items=size, unit="pairs", flops=flops, peak_bytes=peaks,
-        share_of_matmul=utilisation,
-    )  # fmt: skip
-    rows.append(value_row("matrix product 2080x384x1536", case, "torch", speed, "flop/s"))
-    rows += nominal_rows(rows, case, flops, device)
+    steps = compared(samples, peak_bytes=peaks)
+    yield steps, True
+    yield [value_row("matrix product 2080x384x1536", case, "torch", speed, "flop/s")], True
+    yield nominal_rows(steps, case, flops, device), True
     if not arguments.data:
-        rows += breakdown(made["ours"], batch, case, device, arguments.seconds / 4)
-    return rows
+        yield breakdown(made["ours"], batch, case, device, arguments.seconds / 4), True
 
 
 def step_flops(settings: ModelConfig, lengths: Sequence[int], size: int, prompts: int) -> float:
@@ -144,6 +150,11 @@ def nominal_rows(rows: Sequence[Row], case: str, flops: float, device: str) -> l
     ]
 
 
+COLUMNS = {"contender": "<24", "ms": ">12", "p10 - p90": ">21", "pairs/s": ">12", "x ours": ">10"}
+COLUMNS |= {"% matmul": ">12", "peak MB": ">12"}
+HEADER = "".join(format(name, width) for name, width in COLUMNS.items())
+
+
 def line(row: Row) -> str:
     """One aligned line of the table."""
     rate = row["items"] / row["median_s"]
@@ -154,6 +165,21 @@ def line(row: Row) -> str:
     )
 
 
+def show(rows: Sequence[Row]) -> None:
+    """Print rows as they are done, the comparison under its head."""
+    for number, row in enumerate(rows):
+        if "items" in row:
+            if number == 0:
+                gflop = row["flops"] / 1e9
+                print(f"{row['case']}; {gflop:.1f} GFLOP needed a step; medians of interleaved steps")
+                print(HEADER)
+            print(line(row), flush=True)
+        elif row["unit"] == "s":
+            print(f"  {row['name']:<30}{row['value'] * 1e3:>10.1f} ms", flush=True)
+        else:
+            print(f"  {row['name']:<30}{row['value']:.4g} {row['unit']}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     device = resolve_device(arguments.device)
@@ -161,24 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     print(one_line(describe(device)))
-    rows = measure(arguments, device)
-    steps = [row for row in rows if "items" in row]
-    print(
-        f"{steps[0]['case']}; {steps[0]['flops'] / 1e9:.1f} GFLOP needed a step; medians of interleaved steps"
-    )
-    print(
-        f"{'contender':<24}{'ms':>12}{'p10 - p90':>21}{'pairs/s':>12}{'x ours':>10}{'% matmul':>12}"
-        f"{'peak MB':>12}"
-    )
-    for row in rows:
-        if "items" in row:
-            print(line(row))
-        elif row["unit"] == "s":
-            print(f"  {row['name']:<30}{row['value'] * 1e3:>10.1f} ms")
-        else:
-            print(f"  {row['name']:<30}{row['value']:.4g} {row['unit']}")
-    if arguments.json:
-        write_result(arguments.json, "train_bench", rows, device=device, preset=arguments.preset)
+    rows: list[Row] = []
+    for found, final in measure(arguments, device):
+        if final:
+            show(found)
+            rows += found
+        if arguments.json:  # also what is not final: a run that is cut off keeps what it had
+            so_far = rows if final else found
+            write_result(arguments.json, "train_bench", so_far, device=device, preset=arguments.preset)
     return 0
 
 

@@ -90,7 +90,10 @@ class HuggingFace:
             raise UserError("the baseline needs transformers: pip install transformers") from None
         self.config, self.device, self.dtype = config, device, DTYPES[dtype]
         self.context = model.config.text.context_length
-        settings = hf_json(model.config, {}, {}, "float32")
+        try:
+            settings = hf_json(model.config, {}, {}, "float32")
+        except ValueError as error:
+            raise UserError(f"the baseline is no such model: {error}") from None
         self.model = GroupViTModel(GroupViTConfig.from_dict(settings))
         state = from_ours(model.state_dict(), "hf")
         self.prompt_scale = nn.Parameter(state.pop("multi_label_logit_scale", torch.tensor(0.0)).clone())

@@ -107,6 +107,21 @@ def test_peak_memory_counts_what_lives_at_once():
     assert peak == pytest.approx(2 * values.nbytes, rel=0.01)
 
 
+def test_what_the_backward_keeps_is_counted_once_and_without_inputs():
+    values = torch.rand(1 << 10, requires_grad=True)
+    assert stopwatch.saved_bytes(lambda: values * values, [values]) == 0
+    exponential = values.nbytes  # the result of exp, kept by it and by the product
+    assert stopwatch.saved_bytes(lambda: values.exp() * values, [values]) == exponential
+    assert stopwatch.saved_bytes(lambda: values.exp(), [values]) == 0  # its result
+
+
+def test_waiting_of_the_host_is_counted():
+    case = cases.assign_case(2, 8, 30, 32, "cpu", torch.float32)
+    assert stopwatch.host_reads(case.candidates["eager"]) > 0
+    assert stopwatch.host_reads(case.with_backward(case.candidates["ours"])) == 0
+    assert stopwatch.host_reads(lambda: torch.ones(3).nonzero().sum().item()) == 2
+
+
 def test_every_back_end_of_attention_is_a_candidate():
     names = list(cases.attention_case(2, 2, 8, 30, 16, "cpu", torch.float32).candidates)
     assert names == ["eager", "SDPA", "SDPA math", "ours"]

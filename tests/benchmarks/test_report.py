@@ -77,6 +77,27 @@ def test_memory_is_that_of_the_same_case():
     assert judged(goal, rows()).verdict == "not measured"
 
 
+def test_the_rest_of_the_measures():
+    def value(measure, found, **row):
+        goal = Goal("cpu", "kernel_bench", "", "", "op .*", measure=measure, must=0, less=True, **row)
+        return judged(goal, found)
+
+    kept = rows(saved_bytes={"eager": 500, "ours": 10}, host_reads={"ours": 0})
+    assert value("saved", kept).value == 50
+    assert value("host_reads", kept, contender="ours").verdict == "met"
+    assert value("host_reads", kept).verdict == "not measured"
+    assert value("recipe_hours", rows(items=861), contender="ours").value == pytest.approx(2e3 / 3.6e3)
+    slow = rows(case="B1 with loader", own=2.5)
+    assert value("share_of_resident", rows() + slow, case=".* with loader", contender="ours").value == 0.8
+    assert value("share_of_resident", slow, case=".* with loader", contender="ours").verdict == "not measured"
+    assert Goal("cpu", "", "", "", "", must=0, less=True).levels() == "<= 0.00 x"
+
+
+def test_a_goal_that_cannot_be_measured_says_why():
+    goal = Goal("cpu", "quality", "", "", "miou", must=1, absent="needs the weights")
+    assert goals.judge(goal, {}, {}).why == "needs the weights"
+
+
 def test_what_is_not_there_is_not_measured():
     parts = {"kernel_bench": {"status": "failed", "why": "status 1: no apex"}}
     assert goals.judge(GOAL, {}, parts).why == "failed: status 1: no apex"

@@ -76,6 +76,24 @@ def test_the_baseline_is_checked_and_timed(tmp_path, capsys, prompts):
     assert "pairs/s" in capsys.readouterr().out
 
 
+def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "bench.json"
+    words = ["--device", "cpu", "--seconds", "0", "--rounds", "2", "--batch-size", "4", "--json", str(path)]
+    for part, peaks in (("breakdown", True), ("peak_memory", False)):
+        path.unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_bench if part == "breakdown" else train_bench.stopwatch, part, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                train_bench.main(words)
+        rows = json.loads(path.read_text())["rows"]
+        steps = [row for row in rows if row["name"] == "training step"]
+        assert [row["contender"] for row in steps] == ["ours", "hugging face"]
+        assert all(("peak_bytes" in row) == peaks for row in steps)
+
+
 def test_another_model_is_an_error_not_a_number(monkeypatch, capsys):
     plain = train_cases.HuggingFace.__init__
 
