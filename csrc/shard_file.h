@@ -33,9 +33,9 @@ class FileWindow {
     }
 
   private:
-    // The least covers the end of one image, the headers and texts behind it and the start of the next image.
+    // The least covers the last bytes of an image, the headers and text behind it and the start of the next one.
     // Where the images are so small that little is skipped, one longer read costs less than many.
-    static constexpr int64_t kLeast = 8192, kMost = 65536;
+    static constexpr int64_t kLeast = 3072, kMost = 65536;
 
     void load(int64_t offset, int64_t count) {
         held_.resize(count);

@@ -66,6 +66,8 @@ int exif_orientation(std::string_view block) {
 // Whether `marker` stands behind `earliest`, with at least `more` bytes after it.
 bool has_end(const FileSlice& image, std::string_view marker, int64_t earliest, int64_t more = 0) {
     const int64_t end = image.size() - more, from = std::max(earliest, end - kTail);
+    const int64_t usual = end - static_cast<int64_t>(marker.size());  // nothing behind it: a few bytes to read
+    if (usual >= earliest && image.view(usual, marker.size()) == marker) return true;
     if (image.view(from, end - from).find(marker) != std::string_view::npos) return true;
     // Garbage behind the end is harmless; how much there is only a look at the whole file tells.
     return from > earliest && image.view(earliest, end - earliest).find(marker) != std::string_view::npos;

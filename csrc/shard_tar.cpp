@@ -44,6 +44,12 @@ int32_t byte_sum(std::string_view bytes) {
     return sum;
 }
 
+// The sum of a header's bytes; the field of the sum itself counts as spaces.
+template <typename Byte>
+int32_t header_sum(std::string_view block) {
+    return byte_sum<Byte>(block) - byte_sum<Byte>(block.substr(148, 8)) + 8 * ' ';
+}
+
 struct Header {
     std::string name;
     int64_t size = 0;
@@ -54,11 +60,10 @@ struct Header {
 std::optional<Header> read_header(std::string_view block) {
     const std::optional<int64_t> sum = header_number(block.substr(148, 8));
     if (!sum) return std::nullopt;
-    // The sum itself counts as spaces. Old programs added up signed bytes.
-    const int64_t plain = byte_sum<uint8_t>(block) - byte_sum<uint8_t>(block.substr(148, 8)) + 8 * ' ';
-    const int64_t with_sign = byte_sum<int8_t>(block) - byte_sum<int8_t>(block.substr(148, 8)) + 8 * ' ';
+    // Old programs added up signed bytes.
+    if (*sum != header_sum<uint8_t>(block) && *sum != header_sum<int8_t>(block)) return std::nullopt;
     const std::optional<int64_t> size = header_number(block.substr(124, 12));
-    if ((*sum != plain && *sum != with_sign) || !size) return std::nullopt;
+    if (!size) return std::nullopt;
     Header header;
     header.name = until_nul(block.substr(0, 100));
     header.size = *size;

@@ -70,14 +70,15 @@ class ShardIndex:
 
     def without(self, reasons: dict[int, str]) -> ShardIndex:
         """The index less the samples that `reasons` tells why to leave out."""
-        keep = np.setdiff1d(np.arange(len(self)), list(reasons))
-        keys = [self.key(sample).encode("utf-8", "surrogateescape") for sample in keep]
+        keep = np.ones(len(self), dtype=bool)
+        keep[list(reasons)] = False
+        key_end, key_bytes = _keys_of(keep, self.key_end, self.key_bytes)
         named = tuple((self.key(sample), reason) for sample, reason in sorted(reasons.items()))
         return replace(
             self,
             **{name: getattr(self, name)[keep] for name in COLUMNS},
-            key_end=_ends(keys),
-            key_bytes=b"".join(keys),
+            key_end=key_end,
+            key_bytes=key_bytes,
             rejected=self.rejected + named,
             nouns=None,
         )
@@ -164,17 +165,26 @@ def _faults(handle: int, raw: RawScan) -> dict[int, str]:
 
 
 def _usable(tar: Path, stamp: Stamp, raw: RawScan, faults: dict[int, str]) -> ShardIndex:
-    starts = np.concatenate([np.zeros(1, np.int64), raw.key_end])[:-1].tolist()
-    keys = [raw.keys[start:end] for start, end in zip(starts, raw.key_end.tolist(), strict=True)]
-    rejected = [(key.decode("utf-8", "surrogateescape") or tar.name, reason) for key, reason in raw.notes]
-    rejected += [(keys[sample].decode("utf-8", "surrogateescape"), faults[sample]) for sample in faults]
-    good = np.ones(len(keys), dtype=bool)
+    ends = raw.key_end.tolist()
+
+    def key(sample: int) -> str:
+        start = ends[sample - 1] if sample else 0
+        return raw.keys[start : ends[sample]].decode("utf-8", "surrogateescape")
+
+    rejected = [(name.decode("utf-8", "surrogateescape") or tar.name, reason) for name, reason in raw.notes]
+    rejected += [(key(sample), reason) for sample, reason in faults.items()]
+    good = np.ones(len(ends), dtype=bool)
     good[list(faults)] = False
-    keys = [key for key, is_good in zip(keys, good.tolist(), strict=True) if is_good]
+    key_end, key_bytes = _keys_of(good, raw.key_end, raw.keys)
     columns = dict(zip(COLUMNS, np.ascontiguousarray(raw.table[good].T), strict=True))
-    return ShardIndex(
-        tar, stamp, key_end=_ends(keys), key_bytes=b"".join(keys), rejected=tuple(rejected), **columns
-    )
+    return ShardIndex(tar, stamp, key_end=key_end, key_bytes=key_bytes, rejected=tuple(rejected), **columns)
+
+
+def _keys_of(kept: np.ndarray, key_end: np.ndarray, key_bytes: bytes) -> tuple[np.ndarray, bytes]:
+    """The keys of some samples (bool [samples]), as ends and bytes, without a look at each."""
+    sizes = np.diff(key_end, prepend=0)
+    letters = np.frombuffer(key_bytes, np.uint8)[np.repeat(kept, sizes)]
+    return np.cumsum(sizes[kept], dtype=np.int64), letters.tobytes()
 
 
 def _ends(keys: Sequence[bytes]) -> np.ndarray:

@@ -11,12 +11,15 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from groupvit_fast.console import UserError
 from groupvit_fast.data.prompts import PROMPT_TEMPLATES
+
+if TYPE_CHECKING:  # imported where a tensor is made: commands that index shards start without it
+    import torch
 
 CONTEXT_LENGTH = 77
 START_TOKEN = 49406
@@ -76,6 +79,8 @@ def token_row(text: str, context_length: int = CONTEXT_LENGTH) -> np.ndarray:
 
 def pad_rows(rows: Sequence[np.ndarray], length: int) -> torch.Tensor:
     """Stack token rows into an int64 tensor [N, length], zeros after each row's end."""
+    import torch
+
     tokens = np.zeros((len(rows), length), dtype=np.int64)
     for target, row in zip(tokens, rows, strict=True):
         target[: len(row)] = row
@@ -98,6 +103,8 @@ def unique_rows(
 
     Returns the different token rows, int64 [U, T] with T the longest of them, and int64 [B, C] row numbers.
     """
+    import torch
+
     numbers: dict[bytes, int] = {}
     rows: list[np.ndarray] = []
     index = []

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import webdataset
@@ -79,3 +81,18 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_indexing_starts_without_torch(tmp_path, make_shards):
+    """Importing torch takes several times as long as indexing a shard of a thousand samples."""
+    shards = [str(path) for path in make_shards(3)]
+    code = (
+        "import sys; from groupvit_fast import shards; status = shards.main(sys.argv[1:]); "
+        "sys.exit(status or ('torch' in sys.modules and 'torch was imported'))"
+    )
+    for command_name in ("index", "check"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command_name, *shards], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "3 usable samples" in done.stdout
