@@ -107,7 +107,10 @@ def _run(config: TrainConfig, device: str, world: World) -> int:
     found = run_folder.checkpoint_to_resume(config, output, world, say)
     shards, held_out = _data(config, model_settings, world, device)
     loader = open_loader(config, model_settings, shards, world, device, output)
-    dtype, remark = choose_dtype(config.amp, config.amp_dtype, device, model_settings.image.width)
+    # measured on a CPU, so one process decides for all
+    dtype, remark = distributed.from_main(
+        choose_dtype(config.amp, config.amp_dtype, device, model_settings.image.width)
+    )
     if remark:
         say(remark)
     model = create_model(model_settings, seed=config.seed)

@@ -15,6 +15,8 @@ from groupvit_fast.console import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 WORTHWHILE = 1.2
 """bf16 is used on a CPU only if it is measured faster by at least this factor."""
+WIDE = 256
+"""Channels from which AVX512-BF16 is tried."""
 MEASURING_SECONDS = 0.15
 
 
@@ -31,8 +33,8 @@ def choose_dtype(amp: bool, amp_dtype: str, device: str, width: int) -> tuple[st
         return amp_dtype, None
     if device == "cuda":
         return ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"), None
-    if not cpu_has_bf16_matrix_unit():
-        why = "this CPU has no matrix unit for bf16, where it is slower"
+    if not cpu_has_fast_bf16(width):
+        why = "this CPU has no fast bf16 for a model this wide"
     elif (speedup := cpu_bf16_speedup(width)) < WORTHWHILE:
         why = f"bf16 was measured at {speedup:.1f}x its speed on this CPU"
     else:
@@ -40,17 +42,24 @@ def choose_dtype(amp: bool, amp_dtype: str, device: str, width: int) -> tuple[st
     return "float32", f"--amp: computing in float32, {why} (--amp-dtype bf16 insists)"
 
 
-@functools.cache
-def cpu_has_bf16_matrix_unit() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware: AMX on x86, BFMMLA on Arm.
+def cpu_has_fast_bf16(width: int) -> bool:
+    """Whether the CPU multiplies bf16 in hardware: AMX on x86, BFMMLA on Arm, or AVX512-BF16.
 
-    AVX512-BF16 alone does not count: it speeds up large products only, and a whole transformer layer ran
-    at 0.6 to 0.9 times the speed of float32 on it.
+    The last only for models at least `WIDE`: how much of a step it speeds up depends on the processor (it ran
+    a layer at 0.6 to 0.9 times the speed of float32 on one, a step of the official model 1.7 times as fast
+    on another), and what it does to the results of narrow models has not been measured.
     """
+    flags = cpu_flags()
+    return not flags.isdisjoint({"amx_bf16", "bf16"}) or (width >= WIDE and "avx512_bf16" in flags)
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Features of the processor as Linux names them; empty where it does not tell."""
     try:
-        return not {"amx_bf16", "bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
+        return frozenset()
 
 
 @functools.cache

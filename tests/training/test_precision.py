@@ -11,7 +11,8 @@ from groupvit_fast.training.precision import autocast, choose_dtype, cpu_bf16_sp
 
 
 def cpu(monkeypatch, *, unit, speedup):
-    monkeypatch.setattr(precision, "cpu_has_bf16_matrix_unit", lambda: unit)
+    flags = {True: {"amx_bf16"}, False: set()}.get(unit, {unit})
+    monkeypatch.setattr(precision, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(precision, "cpu_bf16_speedup", lambda width: speedup)
 
 
@@ -34,6 +35,14 @@ def test_a_cpu_without_fast_bf16_says_so_in_one_line(monkeypatch):
 def test_a_cpu_with_fast_bf16_uses_it(monkeypatch):
     cpu(monkeypatch, unit=True, speedup=3.0)
     assert choose_dtype(True, "auto", "cpu", 64) == ("bf16", None)
+
+
+@pytest.mark.parametrize(
+    ("width", "speedup", "dtype"), [(384, 1.6, "bf16"), (384, 0.9, "float32"), (64, 1.6, "float32")]
+)
+def test_avx512_bf16_counts_for_wide_models_where_it_is_measured_faster(monkeypatch, width, speedup, dtype):
+    cpu(monkeypatch, unit="avx512_bf16", speedup=speedup)
+    assert choose_dtype(True, "auto", "cpu", width)[0] == dtype
 
 
 def test_bf16_can_be_insisted_on(monkeypatch):
