@@ -10,7 +10,8 @@ namespace gvit {
 
 // Memory order [B, rows, H, D], seen as [B, H, rows, D]: what merges the heads afterwards is then a view.
 inline Tensor empty_heads(const Tensor& like, int64_t samples, int64_t heads, int64_t rows, int64_t depth) {
-    return torch::stable::transpose(torch::stable::new_empty(like, {samples, rows, heads, depth}), 1, 2);
+    const int64_t row = larger<int64_t>(heads, 1) * depth;
+    return empty_strided(like, {samples, heads, rows, depth}, {larger<int64_t>(rows, 1) * row, depth, row, 1});
 }
 
 struct AttentionInputs {

@@ -40,15 +40,18 @@ inline std::string shape_of(const Tensor& tensor) {
 inline void check_shape(const char* name, const Tensor& tensor, const char* letters,
                         std::initializer_list<int64_t> sizes) {
     bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
-    std::ostringstream wanted;
     int64_t d = 0;
     for (const int64_t size : sizes) {
         same = same && (size < 0 || tensor.size(d) == size);
-        wanted << (d == 0 ? "" : ", ");
-        size < 0 ? wanted << "any" : wanted << size;
         ++d;
     }
-    check(same, name, " must be ", letters, " with sizes [", wanted.str(), "], got ", shape_of(tensor));
+    if (same) return;
+    std::ostringstream wanted;
+    for (const int64_t size : sizes) {
+        wanted << (wanted.tellp() > 0 ? ", " : "");
+        size < 0 ? wanted << "any" : wanted << size;
+    }
+    check(false, name, " must be ", letters, " with sizes [", wanted.str(), "], got ", shape_of(tensor));
 }
 
 inline Storage storage_of(const char* name, const Tensor& tensor) {
@@ -72,6 +75,19 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wante
 inline void check_same_device(const char* name, const Tensor& tensor, const char* owner, const Tensor& other) {
     check(tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
           " must be on the device of ", owner);
+}
+
+// By the C shim, which the dispatcher's new_empty and transpose take several times as long as.
+template <size_t dims>
+Tensor empty_strided(const Tensor& like, const int64_t (&sizes)[dims], const int64_t (&strides)[dims]) {
+    int32_t dtype, device_type, device_index;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
+    return Tensor(handle);
 }
 
 inline Tensor dense(const Tensor& tensor) {
