@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from groupvit_fast.training.distributed import World
+from groupvit_fast.training.distributed import World, barrier
 
 GONE = 75
 """Exit status when a process is dead, frozen or stands still (EX_TEMPFAIL: trying again may help)."""
@@ -50,6 +50,7 @@ class Watchdog:
         self.neighbour = (world.rank + 1) % world.size
         self.verdict: str | None = None
         self._over, self._failed, self._leaving = threading.Event(), False, False
+        self._threads: list[threading.Thread] = []
         self.at(0, "warm-up")
 
     def at(self, step: int, phase: str) -> None:
@@ -64,22 +65,45 @@ class Watchdog:
                 # a connection of its own: the training thread may wait inside the other one
                 self._store = dist.distributed_c10d._get_default_store().clone()
                 self._beat()
-                threading.Thread(target=self._talk, name="watchdog-store", daemon=True).start()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+                self._start(self._talk, "watchdog-store")
+            self._start(self._watch, "watchdog")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        """A broken connection is told by who is gone, if somebody is."""
-        if self.seconds and self.world.size > 1:
-            if kind is not None and issubclass(kind, RuntimeError):
-                self._failed = True
-                time.sleep(3 * self.interval + 5)  # the threads end the program if they find out
-                if self._leaving:
-                    threading.Event().wait()
-            self.at(self.place[0], "done")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave together, as the store lives in the first process; or tell who is gone, if somebody is."""
+        several = self.seconds and self.world.size > 1
+        if several:
             if kind is None:
-                self._beat()
+                self._meet()
+            elif issubclass(kind, RuntimeError):
+                self._let_find_out()
+            self.at(self.place[0], "done")
         self._over.set()
+        for thread in self._threads:
+            thread.join(timeout=5)
+        if several and kind is None:
+            barrier()  # until here a thread of somebody may have asked the store
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+        self._threads[-1].start()
+
+    def _meet(self) -> None:
+        """Wait for the others at the end, still watched."""
+        self.at(self.place[0], "done")
+        try:
+            self._beat()
+            barrier()
+        except RuntimeError:
+            self._let_find_out()
+            raise
+
+    def _let_find_out(self) -> None:
+        """A connection is broken: give the threads time to find out why, whereupon they end the program."""
+        self._failed = True
+        time.sleep(3 * self.interval + 5)
+        if self._leaving:
+            threading.Event().wait()
 
     def _beat(self) -> None:
         self._beats += 1
