@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,13 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float |
     scale = check_number("scale", sizes["D"] ** -0.5 if scale is None else scale)
     if not registration.runs_native(query):
         return reference.group_attention(query, key, value, scale=scale)
-    return torch.ops.groupvit_fast.group_attention_forward.default(query, key, value, scale)[0]
+    operator = torch.ops.groupvit_fast.group_attention_forward.default
+    if not registration.runs_directly():
+        return operator(query, key, value, scale)[0]
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _Attention.apply(query, key, value, scale)[0]
+    with registration.below_autograd():
+        return operator(query, key, value, scale)[0]
 
 
 def _register() -> None:
@@ -69,10 +77,24 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad_output, _):
     if grad_output is None:
         return None, None, None, None
-    gradients = torch.ops.groupvit_fast.group_attention_backward.default(
-        grad_output, *ctx.saved_tensors, ctx.scale
-    )
+    operator = torch.ops.groupvit_fast.group_attention_backward.default
+    direct = registration.runs_directly() and not torch.is_grad_enabled()
+    with registration.below_autograd() if direct else nullcontext():
+        gradients = operator(grad_output, *ctx.saved_tensors, ctx.scale)
     return *gradients, None
+
+
+class _Attention(torch.autograd.Function):
+    """The registered gradient, without the dispatcher's way through Python, which outlasts small calls."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale):
+        with registration.below_autograd():
+            result = torch.ops.groupvit_fast.group_attention_forward.default(query, key, value, scale)
+        _save(ctx, (query, key, value, scale), result)
+        return result
+
+    backward = staticmethod(_backward)
 
 
 if library.HAS_CPU:

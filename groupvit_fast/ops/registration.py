@@ -17,6 +17,14 @@ def runs_native(tensor: Tensor) -> bool:
     return library.runs_native(tensor) and not (tensor.is_cuda and tensor.dtype == torch.float64)
 
 
+below_autograd = torch._C._AutoDispatchBelowAutograd  # context: operators without their registered gradient
+
+
+def runs_directly() -> bool:
+    """Whether nothing compiles or transforms (torch.func) the call, which needs the registered operator."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def statistic_dtype(tensor: Tensor) -> torch.dtype:
     """dtype of counts and saved statistics: that of the accumulation."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from backends import BACKENDS
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from groupvit_fast import ops
@@ -62,6 +65,25 @@ def test_opcheck_group_attention(device):
     results = operators.group_attention_forward(*tensors, 0.3)
     gradient = torch.randn_like(results[0])
     torch.library.opcheck(operators.group_attention_backward, (gradient, *tensors, *results, 0.3))
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_attention_called_directly_has_the_registered_gradient(device, fake):
+    with FakeTensorMode() if fake else nullcontext():
+        tensors = attention_tensors(device, gradient=True)
+        registered = torch.ops.groupvit_fast.group_attention_forward(*tensors, 8**-0.5)[0]
+        results = [
+            [output, *torch.autograd.grad(output.sum(), tensors)]
+            for output in (ops.group_attention(*tensors), registered)
+        ]
+        for one, other in zip(*results, strict=True):
+            assert one.stride() == other.stride()
+            assert fake or torch.equal(one, other)
+    frozen = [t.detach() for t in tensors]
+    assert ops.group_attention(frozen[0], tensors[1], frozen[2]).requires_grad
+    assert not ops.group_attention(*frozen).requires_grad
+    with torch.no_grad():
+        assert not ops.group_attention(*tensors).requires_grad
 
 
 # ---- compile, autocast, checkpointing --------------------------------------------------------------------
