@@ -19,7 +19,7 @@ from torch import Tensor
 from groupvit_fast import ops
 from groupvit_fast.console import UserError
 from groupvit_fast.model import GroupEncoding
-from groupvit_fast.segmentation.batch import PIXELS_PER_FORWARD, check_size
+from groupvit_fast.segmentation.batch import check_size, windows_per_forward
 from groupvit_fast.segmentation.blending import Rule, bilinear_taps, resize_labels
 from groupvit_fast.segmentation.decode import (
     Window,
@@ -86,7 +86,7 @@ def encode_photo(model: torch.nn.Module, image: Tensor, protocol: Protocol) -> E
     boxes = window_boxes(*pixels.shape[-2:], protocol)
     height, width = boxes[0].bottom - boxes[0].top, boxes[0].right - boxes[0].left  # all have one size
     crops = [pixels[(slice(None), *box.slices())] for box in boxes]
-    count = max(1, PIXELS_PER_FORWARD // (height * width))
+    count = windows_per_forward(height, width, pixels.device)
     encodings = []
     for start in range(0, len(crops), count):
         encoding = model.encode_groups(torch.stack(crops[start : start + count]))

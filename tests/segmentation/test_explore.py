@@ -63,7 +63,7 @@ def test_windows_are_encoded_in_parts(tools, monkeypatch):
     model, image = tools.FakeModel().eval(), photo_of(tools, (32, 200))
     chosen = tools.replace(protocol("official"), **SLIDING)
     whole = encode_photo(model, image, chosen)
-    monkeypatch.setattr("groupvit_fast.segmentation.explore.PIXELS_PER_FORWARD", 3 * 32 * 32)
+    monkeypatch.setattr("groupvit_fast.segmentation.batch.PIXELS_PER_FORWARD", {"cpu": 3 * 32 * 32})
     parts = encode_photo(model, image, chosen)
     assert len(parts.encodings) == len(parts.boxes) == len(whole.boxes) > 6
     for one, other in zip(whole.encodings, parts.encodings, strict=True):
