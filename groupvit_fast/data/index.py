@@ -38,11 +38,12 @@ def expand_shards(
         raise UserError(
             "no shards given; name tar files, a folder or a pattern like data/{000000..000012}.tar"
         )
-    missing = [str(shard) for shard in shards if not (is_remote(shard) or shard.is_file())]
-    if missing:
+    present = [is_remote(shard) or shard.is_file() for shard in shards]
+    if not all(present):
+        missing = [str(shard) for shard, there in zip(shards, present, strict=True) if not there]
         if allow_missing and len(missing) < len(shards):
             _log.warning("%d of %d shards are missing, first: %s", len(missing), len(shards), missing[0])
-            return [shard for shard in shards if str(shard) not in missing]
+            return [shard for shard, there in zip(shards, present, strict=True) if there]
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(f"missing shards: {names}; correct the path or the range in braces")
     return shards
