@@ -1,6 +1,8 @@
 // CPU kernels of group_attention for a range of heads. Included once per level, see csrc/cpu_levels.h.
 #include "csrc/group_attention_cpu_tile.h"
 
+#include "csrc/group_attention_cpu_single.h"
+
 #if GVIT_BFLOAT_PRODUCTS
 #include "csrc/group_attention_cpu_bfloat.h"
 #endif
@@ -191,14 +193,31 @@ class AttentionBackward : Products {
 // Units are the tiles of groups of all heads.
 template <class Products>
 void attend(const AttentionParams& p, index_t first, index_t last) {
-    AttentionForward<Products> kernel(p);
+    using T = typename Products::T;
     const index_t tiles = ceil_div(p.groups, kGroupTile);
+    if constexpr (std::is_same_v<typename Products::Storage, T>)
+        if (p.tokens == 1) {
+            SingleToken<T> kernel(p);
+            for (index_t unit = first; unit < last; ++unit) {
+                const index_t group = unit % tiles * kGroupTile;
+                kernel.forward(unit / tiles, group, smaller(kGroupTile, p.groups - group));
+            }
+            return;
+        }
+    AttentionForward<Products> kernel(p);
     for (index_t unit = first; unit < last; ++unit) kernel.run(unit / tiles, unit % tiles * kGroupTile);
 }
 
 // Units are the heads.
 template <class Products>
 void differentiate_attention(const AttentionParams& p, index_t first, index_t last) {
+    using T = typename Products::T;
+    if constexpr (std::is_same_v<typename Products::Storage, T>)
+        if (p.tokens == 1) {
+            SingleToken<T> kernel(p);
+            for (index_t unit = first; unit < last; ++unit) kernel.backward(unit);
+            return;
+        }
     AttentionBackward<Products> kernel(p);
     for (index_t unit = first; unit < last; ++unit) kernel.run(unit);
 }

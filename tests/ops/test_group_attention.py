@@ -29,6 +29,7 @@ SHAPES = [
     (2, 1, 130, 3, 16),
     (1, 2, 1, 129, 80),
     (2, 2, 9, 1, 24),
+    (2, 3, 70, 1, 50),
     (1, 2, 3, 600, 50),
     (1, 1, 6, 135, 50),
 ]
@@ -78,10 +79,11 @@ def test_empty_inputs(backend, shape):
         assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("tokens", [40, 1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_token_spoils_its_head_only(backend, bad):
-    query, key, value, _ = inputs((2, 3, 5, 40, 16), device=backend.device)
-    query[1, 2], key[1, 2, 17] = query[1, 2].abs(), bad
+def test_a_bad_token_spoils_its_head_only(backend, bad, tokens):
+    query, key, value, _ = inputs((2, 3, 5, tokens, 16), device=backend.device)
+    query[1, 2], key[1, 2, tokens // 2] = query[1, 2].abs(), bad
     output = backend.group_attention(query, key, value)
     assert output[1, 2].isnan().all()
     assert torch.isfinite(output[0]).all()
