@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from groupvit_fast import ops
 from groupvit_fast.model.layers import MLP, TokenMixer
+from groupvit_fast.model.linear import Linear
 from groupvit_fast.model.presets import ImageConfig
 
 
@@ -35,9 +36,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.out = Linear(width, width)
 
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
         query = self.query(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -75,10 +76,10 @@ class TokenAssignment(nn.Module):
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
         width = config.width
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.out = Linear(width, width)
         self.scale = config.logit_factor
         self.tau = config.tau
         self.hard = config.hard_assignment

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from groupvit_fast import ops
+from groupvit_fast.model.linear import Linear
 from groupvit_fast.model.packing import PackedTexts
 from groupvit_fast.ops import library
 
@@ -32,8 +33,8 @@ class MLP(nn.Module):
         self, inputs: int, hidden: int, outputs: int, activation: Callable[[Tensor], Tensor] = F.gelu
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(inputs, hidden)
-        self.fc2 = nn.Linear(hidden, outputs)
+        self.fc1 = Linear(inputs, hidden)
+        self.fc2 = Linear(hidden, outputs)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,8 +90,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.causal = causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, pattern: AttentionPattern | None = None) -> Tensor:
         """x [B,N,C] -> [B,N,C]; with a pattern, x are packed rows."""
@@ -190,9 +191,9 @@ class Projector(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, outputs: int, layers: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(inputs, hidden) if layers == 2 else None
+        self.hidden = Linear(inputs, hidden) if layers == 2 else None
         self.norm = nn.BatchNorm1d(hidden) if layers == 2 else None
-        self.out = nn.Linear(hidden if layers == 2 else inputs, outputs)
+        self.out = Linear(hidden if layers == 2 else inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.hidden is None:
