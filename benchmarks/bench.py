@@ -58,7 +58,10 @@ _LOADER = ("--data", "--only-ours", "--seconds", "8", "--rounds", "3")
 CPU_PARTS = (
     _bench("ceilings", 20),
     _bench("kernel_bench", 200, "--full"),
-    _bench("train_bench", 150, "--seconds", "10", "--rounds", "3"),
+    _bench("train_bench", 110, "--seconds", "10", "--rounds", "3"),
+    _bench(
+        "train_bench_bf16", 40, "--precision", "bf16", "--seconds", "8", "--rounds", "3", script="train_bench"
+    ),
     _bench("train_bench_loader", 60, *_LOADER, script="train_bench"),
     _bench("eval_bench", 130, "--images", "16", "--part", "4", "--seconds", "1"),
     _bench("data_bench", 120, "--seconds", "4"),

@@ -147,7 +147,7 @@ def test_the_limits_fit_the_promise():
     [
         part
         for part in (*bench.CPU_PARTS, *bench.GPU_PARTS)
-        if part.name.endswith(("_bench", "_large", "_loader", "_sweep"))
+        if part.name.endswith(("_bench", "_large", "_bf16", "_loader", "_sweep"))
     ],
     ids=lambda part: part.name,
 )
