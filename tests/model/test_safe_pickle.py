@@ -134,6 +134,17 @@ def test_attack_is_refused_and_named(rewrite, module, name, arguments):
         load_pickle(path)
 
 
+@pytest.mark.parametrize(
+    "outer", ["collections\nOrderedDict", "torch._utils\n_rebuild_tensor_v2", "some\nclass"]
+)
+def test_attack_inside_the_arguments_of_a_call_is_refused(rewrite, outer):
+    inner = b"cos\nsystem\nX\x06\x00\x00\x00touch \x85R"
+    nested = b"\x80\x02c" + outer.encode() + b"\n(" + inner + b"tR."
+    path = rewrite(lambda members: {**members, "data.pkl": nested})
+    with pytest.raises(UnsafePickleError, match=r"asks to run \S*system"):
+        load_pickle(path)
+
+
 def test_attack_leaves_no_trace(tmp_path):
     import os
 
