@@ -14,7 +14,6 @@ FILE = Path(__file__).with_name("goals.yaml")
 LEVELS = ("must", "target", "moonshot")
 RECIPE_PAIRS = 30 * 28.7e6  # epochs of CC3M, CC12M and YFCC14M together
 COMPARED = {"memory": "peak_bytes", "saved": "saved_bytes"}
-WITH_LOADER = " with loader"
 Row = Mapping[str, Any]
 
 
@@ -108,7 +107,7 @@ def value_of(measure: str, row: Row, rows: list[Row]) -> float | None:
     """A field of the row, or one of these.
 
     us; per_second: items; recipe_hours: for 30 epochs of the paper's pairs; memory, saved: its peak bytes,
-    or those kept for the backward, over ours; share_of_resident: of the rate with the data lying ready.
+    or those kept for the backward, over ours.
     """
     if measure == "us":
         return row["median_s"] * 1e6
@@ -118,18 +117,10 @@ def value_of(measure: str, row: Row, rows: list[Row]) -> float | None:
         return RECIPE_PAIRS * row["median_s"] / row["items"] / 3600
     if measure in COMPARED:
         field = COMPARED[measure]
-        own = _other(rows, row, contender="ours").get(field)
+        same = [r for r in rows if all(r[key] == row[key] for key in ("name", "case"))]
+        own = next((r.get(field) for r in same if r["contender"] == "ours"), None)
         return row[field] / max(own, 1) if own is not None and field in row else None
-    if measure == "share_of_resident":
-        ready = _other(rows, row, case=row["case"].removesuffix(WITH_LOADER)).get("median_s")
-        return ready / row["median_s"] if ready is not None else None
     return row.get(measure)
-
-
-def _other(rows: list[Row], row: Row, **changed: str) -> Row:
-    """The row of the same name, case and contender but for what is changed; empty if there is none."""
-    wanted = {key: row[key] for key in ("name", "case", "contender")} | changed
-    return next((r for r in rows if all(r[key] == value for key, value in wanted.items())), {})
 
 
 def describe(row: Row) -> str:

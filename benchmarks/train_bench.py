@@ -112,6 +112,8 @@ def measure(arguments: argparse.Namespace, device: str) -> Iterator[tuple[list[R
     case = f"{arguments.preset} B{size} {dtype}" + (" with loader" if arguments.data else "")
     feed = feeds(arguments, config, settings, device, list(made))
     calls = {name: (lambda name=name, step=step: step(feed[name]())) for name, step in made.items()}
+    if arguments.data:
+        calls["data ready"] = lambda: made["ours"](batch)  # the same step without its loader
     flops = step_flops(settings, (batch.texts.argmax(1) + 1).tolist(), size, prompts)
     speed = matmul_speed(device, DTYPES[dtype])
 

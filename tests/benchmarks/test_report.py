@@ -87,9 +87,6 @@ def test_the_rest_of_the_measures():
     assert value("host_reads", kept, contender="ours").verdict == "met"
     assert value("host_reads", kept).verdict == "not measured"
     assert value("recipe_hours", rows(items=861), contender="ours").value == pytest.approx(2e3 / 3.6e3)
-    slow = rows(case="B1 with loader", own=2.5)
-    assert value("share_of_resident", rows() + slow, case=".* with loader", contender="ours").value == 0.8
-    assert value("share_of_resident", slow, case=".* with loader", contender="ours").verdict == "not measured"
     assert Goal("cpu", "", "", "", "", must=0, less=True).levels() == "<= 0.00 x"
 
 

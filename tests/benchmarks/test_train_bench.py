@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,36 @@ def test_the_baseline_is_checked_and_timed(tmp_path, capsys, prompts):
         )
     }
     assert "pairs/s" in capsys.readouterr().out
+
+
+def test_with_the_loader_the_same_step_is_timed_without_it_too(tmp_path, monkeypatch):
+    """Taking turns, so that a busy machine does not pass for a slow loader."""
+    path, taken = tmp_path / "bench.json", []
+
+    def feeds(arguments, config, settings, device, names):
+        batch = train_cases.make_batch(settings, config.batch_size, config.multi_label, device)
+        return {name: lambda: (time.sleep(0.2), taken.append(1), batch)[-1] for name in names}
+
+    monkeypatch.setattr(train_bench, "feeds", feeds)
+    words = [
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--rounds",
+        "2",
+        "--batch-size",
+        "4",
+        "--data",
+        "--only-ours",
+    ]
+    assert run_command(train_bench.main, [*words, "--json", str(path)]) == 0
+    rows = {row["contender"]: row for row in json.loads(path.read_text())["rows"] if "items" in row}
+    assert set(rows) == {"ours", "data ready"}
+    assert taken
+    assert rows["ours"]["case"].endswith(" with loader")
+    assert rows["ours"]["median_s"] > 0.2
+    assert rows["data ready"]["ratio"] < 1
 
 
 def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, monkeypatch):
