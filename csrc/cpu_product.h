@@ -147,7 +147,11 @@ GVIT_INLINE void dot_block(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t c_
     for (int m = 0; m < a_rows; ++m) left[m] = a[smaller<index_t>(m, a_count - 1)];
     for (int n = 0; n < b_rows; ++n) right[n] = b[smaller<index_t>(n, b_count - 1)];
     Vector<T> sum[kLanes<T>] = {};
-    for (index_t k = 0; k < padded_depth; k += kLanes<T>) {
+    // Row by row where there is one to multiply with: the processor fetches ahead of a stream, not of many.
+    if constexpr (b_rows == 1)
+        for (int m = 0; m < a_rows; ++m)
+            for (index_t k = 0; k < padded_depth; k += kLanes<T>) sum[m] += load(left[m] + k) * load(right[0] + k);
+    for (index_t k = 0; b_rows > 1 && k < padded_depth; k += kLanes<T>) {
         Vector<T> other[b_rows];
         for (int n = 0; n < b_rows; ++n) other[n] = load(right[n] + k);
         for (int m = 0; m < a_rows; ++m) {
