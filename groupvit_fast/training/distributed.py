@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,11 @@ from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: longer than an evaluation, during which only rank 0 works."""
+
+LETTING_GO = 0.1
+"""Seconds before processes part. A thread of gloo still lets go of the last message after the call returned,
+and needs the interpreter for it. Sharded weights keep these threads alive to the very end, where that would
+abort the program: seen in one of eighty exits on a busy machine."""
 
 # torch 2.13 renamed the two and warns about the old names, which 2.10 needs
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -97,6 +103,7 @@ def session(device: str) -> Iterator[World]:
     try:
         yield world
     finally:
+        time.sleep(LETTING_GO)
         dist.destroy_process_group()
 
 

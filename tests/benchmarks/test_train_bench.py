@@ -28,6 +28,7 @@ SMALL = ModelConfig(
     embed_dim=16,
     projector_hidden=32,
 )  # fmt: skip
+QUICK = ["--device", "cpu", "--seconds", "0", "--rounds", "2", "--batch-size", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +44,7 @@ def _small(monkeypatch):
 @pytest.mark.parametrize("prompts", [0, 2])
 def test_the_baseline_is_checked_and_timed(tmp_path, capsys, prompts):
     path = tmp_path / "bench.json"
-    arguments = [
-        "--device",
-        "cpu",
-        "--seconds",
-        "0",
-        "--rounds",
-        "2",
-        "--batch-size",
-        "4",
-        "--json",
-        str(path),
-    ]
+    arguments = [*QUICK, "--json", str(path)]
     assert run_command(train_bench.main, [*arguments, "--multi-label", str(prompts)]) == 0
     rows = json.loads(path.read_text())["rows"]
     steps = {row["contender"]: row for row in rows if row["name"] == "training step"}
@@ -86,18 +76,7 @@ def test_with_the_loader_the_same_step_is_timed_without_it_too(tmp_path, monkeyp
         return {name: lambda: (time.sleep(0.2), taken.append(1), batch)[-1] for name in names}
 
     monkeypatch.setattr(train_bench, "feeds", feeds)
-    words = [
-        "--device",
-        "cpu",
-        "--seconds",
-        "0",
-        "--rounds",
-        "2",
-        "--batch-size",
-        "4",
-        "--data",
-        "--only-ours",
-    ]
+    words = [*QUICK, "--data", "--only-ours"]
     assert run_command(train_bench.main, [*words, "--json", str(path)]) == 0
     rows = {row["contender"]: row for row in json.loads(path.read_text())["rows"] if "items" in row}
     assert set(rows) == {"ours", "data ready"}
@@ -112,7 +91,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     path = tmp_path / "bench.json"
-    words = ["--device", "cpu", "--seconds", "0", "--rounds", "2", "--batch-size", "4", "--json", str(path)]
+    words = [*QUICK, "--json", str(path)]
     for part, peaks in (("breakdown", True), ("peak_memory", False)):
         path.unlink(missing_ok=True)
         with monkeypatch.context() as patch:
