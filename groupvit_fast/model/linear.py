@@ -6,6 +6,8 @@ Shapes: R rows (all leading axes), I inputs, O outputs.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LEAST_PRODUCTS = 1 << 24
 """R * I * O from which oneDNN is asked: smaller products cost as much either way."""
 
@@ -51,7 +55,7 @@ def onednn_is_faster() -> bool:
 
     By the processor's name and not by a measurement, so that a run gives the same bits when it is repeated.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not HAS_ONEDNN:
         return False
     try:
         maker = Path("/proc/cpuinfo").read_text()
@@ -85,3 +89,11 @@ class _Product(torch.autograd.Function):
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+if HAS_ONEDNN:  # PyTorch's FlopCounterMode does not know the operator
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

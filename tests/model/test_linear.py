@@ -4,14 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from groupvit_fast.model import linear
 from groupvit_fast.model.linear import Linear
 
-pytestmark = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
-    reason="this PyTorch has no oneDNN",
-)
+pytestmark = pytest.mark.skipif(not linear.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 ROWS, INPUTS, OUTPUTS = 3, 280, 320
 
 
@@ -88,6 +86,14 @@ def test_everything_else_is_left_to_pytorch(calls, monkeypatch):
     monkeypatch.setattr(linear, "onednn_is_faster", lambda: False)
     layer.float()(x)
     assert not calls
+
+
+def test_arithmetic_is_counted(calls):
+    layer, x = problem()
+    with FlopCounterMode(display=False) as counter:
+        results(layer, x)
+    assert len(calls) == 2
+    assert counter.get_total_flops() == 3 * 2 * x.numel() * OUTPUTS
 
 
 def test_functional_gradients(calls):
