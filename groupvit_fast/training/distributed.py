@@ -27,7 +27,7 @@ TIMEOUT = timedelta(minutes=30)
 LETTING_GO = 0.1
 """Seconds before processes part. A thread of gloo still lets go of the last message after the call returned,
 and needs the interpreter for it. Sharded weights keep these threads alive to the very end, where that would
-abort the program: seen in one of eighty exits on a busy machine."""
+abort the program: seen in one of 240 exits on a busy machine."""
 
 # torch 2.13 renamed the two and warns about the old names, which 2.10 needs
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
