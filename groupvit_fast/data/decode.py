@@ -8,7 +8,6 @@ across tars, names no sample when one breaks, and dies when a mapped tar is rewr
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 from collections import deque
@@ -22,6 +21,7 @@ from nvidia.dali import fn, pipeline_def, types
 from groupvit_fast.data.augment import Layers, erase
 from groupvit_fast.data.augment_dali import augmented
 from groupvit_fast.data.images import IMAGENET_MEAN, IMAGENET_STD
+from groupvit_fast.data.native import native_module
 from groupvit_fast.data.parsing import PARSING
 
 _MEAN, _STD = (255 * np.array(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -186,10 +186,8 @@ class _Buffers:
 
 def _compiled_finish() -> Callable[..., None] | None:
     """The compiled code for CPUs, where the package was built with it."""
-    try:
-        return importlib.import_module("groupvit_fast._native").finish_pictures
-    except (ImportError, AttributeError):
-        return None
+    module = native_module("finish_pictures")
+    return module and module.finish_pictures
 
 
 def undecodable(encoded: Sequence[np.ndarray], device: torch.device) -> list[int]:

@@ -10,11 +10,9 @@ without it the same rules run in Python (scan_python.py), with the same results.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ import numpy as np
 from groupvit_fast.console import UserError
 from groupvit_fast.data.images import MAX_PIXELS
 from groupvit_fast.data.index_nouns import StoredNouns
+from groupvit_fast.data.native import native_module
 from groupvit_fast.data.scan_python import PythonScan
 from groupvit_fast.data.text import clean
 
@@ -102,7 +101,7 @@ def scan(tar: Path) -> ShardIndex:
     try:
         stamp = file_stamp(tar)
         _check_start(tar, handle, stamp[1])
-        raw = _scan_native(handle) if native_module() else _scan_python(handle)
+        raw = _scan_native(handle) if native_module("scan_shard") else _scan_python(handle)
         if not raw.is_tar:
             raise UserError(f"{tar}: not a tar file; download it again")
         return _usable(tar, stamp, raw, _faults(handle, raw))
@@ -119,16 +118,6 @@ def file_stamp(tar: Path) -> Stamp:
     return VERSION, status.st_size, status.st_mtime_ns, digest.hexdigest()
 
 
-@cache
-def native_module():
-    """The compiled module, or None where the package was installed without a compiler."""
-    try:
-        module = importlib.import_module("groupvit_fast._native")
-    except ImportError:
-        return None
-    return module if hasattr(module, "scan_shard") else None
-
-
 def _check_start(tar: Path, handle: int, size: int) -> None:
     if size == 0:
         raise UserError(f"{tar}: the shard is empty; delete or download it again")
@@ -139,7 +128,7 @@ def _check_start(tar: Path, handle: int, size: int) -> None:
 
 
 def _scan_native(handle: int) -> RawScan:
-    is_tar, table, key_end, keys, faults, unclear, notes = native_module().scan_shard(
+    is_tar, table, key_end, keys, faults, unclear, notes = native_module("scan_shard").scan_shard(
         handle, MAX_PIXELS, MAX_CAPTION_BYTES
     )
     numbers = [np.frombuffer(data, np.int64) for data in (table, key_end, unclear)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+
+from groupvit_fast.ops.library import cpu_flags
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LEAST_PRODUCTS = 1 << 24
@@ -55,13 +56,8 @@ def onednn_is_faster() -> bool:
 
     By the processor's name and not by a measurement, so that a run gives the same bits when it is repeated.
     """
-    if not HAS_ONEDNN:
-        return False
-    try:
-        maker = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    amd = "AuthenticAMD" in cpu_flags()
+    return HAS_ONEDNN and amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class _Product(torch.autograd.Function):

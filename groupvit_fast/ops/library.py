@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ def runs_native(tensor: Tensor) -> bool:
     if backend() == "reference":
         return False
     return HAS_CUDA if tensor.is_cuda else tensor.device.type in ("cpu", "meta")
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Maker and features of the processor as Linux names them; empty where it does not tell."""
+    try:
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return frozenset()
 
 
 def build_info() -> dict[str, Any]:

@@ -7,9 +7,7 @@ over the pixels (csrc/pixel_labels.cpp); elsewhere, and without a compiler, tens
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from groupvit_fast import ops
+from groupvit_fast.data.native import native_module
 from groupvit_fast.segmentation.labelling import BestChannel, LateSoftmax
 
 Rule = BestChannel | LateSoftmax
@@ -69,18 +68,10 @@ def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int], rul
     return result
 
 
-@cache
-def _compiled() -> ModuleType | None:
-    try:
-        module = importlib.import_module("groupvit_fast._native")
-    except ImportError:
-        return None
-    return module if hasattr(module, "label_uniform_pixels") else None
-
-
 def pixel_loops(like: Tensor) -> ModuleType | None:
     """The compiled loops over pixels, if they can work on tensors such as this one."""
-    return _compiled() if like.device.type == "cpu" and ops.backend() != "reference" else None
+    wanted = like.device.type == "cpu" and ops.backend() != "reference"
+    return native_module("label_uniform_pixels") if wanted else None
 
 
 def bands(vertical: Taps, result: Tensor) -> Iterator[tuple[Taps, Tensor]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from groupvit_fast.console import UserError
+from groupvit_fast.ops.library import cpu_flags
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 WORTHWHILE = 1.2
@@ -51,15 +51,6 @@ def cpu_has_fast_bf16(width: int) -> bool:
     """
     flags = cpu_flags()
     return not flags.isdisjoint({"amx_bf16", "bf16"}) or (width >= WIDE and "avx512_bf16" in flags)
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """Features of the processor as Linux names them; empty where it does not tell."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def both_scans(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         python = scan_module._scan_python(handle)
-        native = scan_module._scan_native(handle) if scan_module.native_module() else python
+        native = scan_module._scan_native(handle) if scan_module.native_module("scan_shard") else python
     finally:
         os.close(handle)
     for name in python._fields:

@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from groupvit_fast import ops
+from groupvit_fast.data.native import native_module
 from groupvit_fast.segmentation import blending, decode, protocol
 from groupvit_fast.segmentation.batch import segment_batch
 from groupvit_fast.segmentation.blending import Taps, bilinear_taps, resize_labels, uniform_cells
 from groupvit_fast.segmentation.labelling import BestChannel, LateSoftmax
 from groupvit_fast.segmentation.prompts import encode_classes
 
-compiled = pytest.mark.skipif(blending._compiled() is None, reason="nothing was compiled")
+NATIVE = native_module("label_uniform_pixels")
+compiled = pytest.mark.skipif(NATIVE is None, reason="nothing was compiled")
 RULES = {
     "best channel": BestChannel(),
     "late": LateSoftmax(torch.arange(9) // 2, None),
@@ -81,8 +83,8 @@ SIZES = [
 def test_the_compiled_loop_gives_the_labels_of_the_tensor_operations(monkeypatch, rule, size):
     rng = np.random.default_rng(sum(size))
     calls = []
-    real = blending._compiled().label_uniform_pixels
-    monkeypatch.setattr(blending._compiled(), "label_uniform_pixels", lambda *a: calls.append(1) or real(*a))
+    real = NATIVE.label_uniform_pixels
+    monkeypatch.setattr(NATIVE, "label_uniform_pixels", lambda *a: calls.append(1) or real(*a))
     seen = set()
     for count in (1, 2, 7, 60):
         rows = torch.tensor(rng.normal(size=(count, 9)), dtype=torch.float32)
@@ -147,9 +149,9 @@ def test_no_memory_is_touched_outside_the_arrays(change, message):
         "spot": np.array([1, 3], np.int32),
         "labels": np.zeros((2, 2), np.int64),
     }
-    assert len(blending._compiled().label_uniform_pixels(**arrays)) == 0
+    assert len(NATIVE.label_uniform_pixels(**arrays)) == 0
     with pytest.raises((ValueError, TypeError), match=message):
-        blending._compiled().label_uniform_pixels(**arrays | change)
+        NATIVE.label_uniform_pixels(**arrays | change)
 
 
 @compiled
@@ -170,7 +172,7 @@ def test_pixels_are_picked_inside_the_arrays(change, message):
         "added": 1,
         "target": np.zeros((2, 3), np.int32),
     }
-    blending._compiled().pick_pixels(**arrays)
+    NATIVE.pick_pixels(**arrays)
     assert (arrays["target"] == 1).all()
     with pytest.raises(ValueError, match=message):
-        blending._compiled().pick_pixels(**arrays | change)
+        NATIVE.pick_pixels(**arrays | change)
