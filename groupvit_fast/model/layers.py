@@ -98,7 +98,7 @@ class SelfAttention(nn.Module):
         # Split along the last axis: the three gradients then join to one contiguous matrix.
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
         if pattern is None:
-            x = attend(query, key, value, **({"is_causal": True} if self.causal else {}))
+            x = attend(query, key, value, is_causal=self.causal)
         elif pattern.bounds is None:
             x = attend(query, key, value, attn_mask=pattern.visible)
         else:
@@ -128,15 +128,18 @@ class SelfAttention(nn.Module):
         return self.out(x.flatten(2))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
-    """Scaled dot-product attention of [B,N,H,D] tensors, in that order of axes; `mask` as PyTorch's takes it.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Scaled dot-product attention of [B,N,H,D] tensors, in that order of axes, with PyTorch's masks.
 
     On a CPU our operator takes the place of PyTorch's where there is no mask. With one, PyTorch's is asked in
     float32: its backward pass in bfloat16 takes up to four times as long.
     """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    mask = {"attn_mask": attn_mask, "is_causal": is_causal}
     if query.device.type == "cpu" and library.runs_native(query):
-        if not mask:
+        if attn_mask is None and not is_causal:
             return ops.group_attention(query, key, value).transpose(1, 2)
         if query.dtype == torch.bfloat16:
             with torch.autocast("cpu", enabled=False):

@@ -144,7 +144,7 @@ def encode_windows(
 
 def windows_per_forward(height: int, width: int, device: torch.device) -> int:
     """How many windows one call of the encoder takes."""
-    return max(1, PIXELS_PER_FORWARD.get(device.type, 1 << 20) // (height * width))
+    return max(1, PIXELS_PER_FORWARD["cuda" if device.type == "cuda" else "cpu"] // (height * width))
 
 
 def named(

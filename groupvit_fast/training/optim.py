@@ -150,7 +150,7 @@ class GuardedAdamW:
         return self.update(loss, rate)
 
     def zero_grad(self) -> None:
-        for parameter in self.parameters:
+        for parameter in (*self.parameters, *self.own):
             parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
@@ -165,7 +165,7 @@ class GuardedAdamW:
         for parameter, mine in zip(self.parameters, self.own, strict=True):
             mine.grad = None if parameter.grad is None else sharding.own(parameter.grad)
         live = [parameter for parameter in self.parameters if parameter.grad is not None]
-        gradients = [sharding.own(parameter.grad) for parameter in live]
+        gradients = [mine.grad for mine in self.own if mine.grad is not None]
         norm = sharding.total_norm(gradients, live) / self.loss_scale
         bad = 1.0 - (norm.isfinite() & loss.detach().isfinite()).float()
         bad = sum_over_processes(bad).clamp(max=1.0)
