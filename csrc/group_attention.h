@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "csrc/huge_pages.h"
 #include "csrc/tensor_checks.h"
 
 namespace gvit {
@@ -11,7 +12,8 @@ namespace gvit {
 // Memory order [B, rows, H, D], seen as [B, H, rows, D]: what merges the heads afterwards is then a view.
 inline Tensor empty_heads(const Tensor& like, int64_t samples, int64_t heads, int64_t rows, int64_t depth) {
     const int64_t row = larger<int64_t>(heads, 1) * depth;
-    return empty_strided(like, {samples, heads, rows, depth}, {larger<int64_t>(rows, 1) * row, depth, row, 1});
+    return in_huge_pages(
+        empty_strided(like, {samples, heads, rows, depth}, {larger<int64_t>(rows, 1) * row, depth, row, 1}));
 }
 
 struct AttentionInputs {

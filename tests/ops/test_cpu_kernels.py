@@ -61,6 +61,30 @@ def test_a_sample_does_not_depend_on_its_batch():
         assert all(torch.equal(one[i : i + 1], other) for one, other in zip(whole, alone, strict=True))
 
 
+def flags_of_memory(address: int) -> list[str]:
+    """What the system was told about the mapping that holds `address`: VmFlags of /proc/self/smaps."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first:
+            begin, end = (int(number, 16) for number in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or not Path("/proc/self/smaps").exists(),
+    reason="no huge pages here",
+)
+def test_large_results_of_attention_ask_for_huge_pages():
+    query = torch.randn(1, 1, 1, 64)
+    key = torch.randn(1, 1, 1 << 17, 64, requires_grad=True)  # 32 MiB
+    (gradient,) = torch.autograd.grad(ops.group_attention(query, key, key.detach()).sum(), key)
+    assert "hg" in flags_of_memory(gradient.data_ptr() + gradient.nbytes // 2)
+
+
 @pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
 def test_every_instruction_set_passes_the_operator_tests(level):
     """The level is chosen once per process, so the suite is run again in another one."""
