@@ -38,6 +38,8 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.activation is F.gelu and self.fc1.uses_packed(x):
+            return self.fc2(self.fc1.packed(x, "gelu"))
         return self.fc2(self.activation(self.fc1(x)))
 
 

@@ -1,5 +1,7 @@
 """The linear layer of both encoders: PyTorch's, with oneDNN's products where those are the faster ones.
 
+In evaluation the weights can be laid out once for all products: see `prepacked`.
+
 Shapes: R rows (all leading axes), I inputs, O outputs.
 """
 
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +25,8 @@ from groupvit_fast.ops.library import cpu_flags
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LEAST_PRODUCTS = 1 << 24
 """R * I * O from which oneDNN is asked: smaller products cost as much either way."""
+PACKED_ROWS = 4240
+"""R that the layout of packed weights is chosen for, 5 windows of 448 px with their group tokens."""
 
 
 class Linear(nn.Linear):
@@ -31,11 +37,23 @@ class Linear(nn.Linear):
     and is no better for that of the weight, which stays with MKL.
     """
 
+    packed: PackedProduct | None = None
+    """What takes the place of the product in evaluation; see `prepacked`."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x [...,I] -> [...,O]."""
+        if self.uses_packed(x):
+            return self.packed(x)
         if self._prefers_onednn(x):
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def uses_packed(self, x: Tensor) -> bool:
+        """Whether this call multiplies by the packed weight: no gradients, and the type it was packed in."""
+        if self.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        autocast = torch.is_autocast_enabled("cpu")
+        return self.packed.dtype == (torch.get_autocast_dtype("cpu") if autocast else x.dtype)
 
     def _prefers_onednn(self, x: Tensor) -> bool:
         return (
@@ -58,6 +76,54 @@ def onednn_is_faster() -> bool:
     """
     amd = "AuthenticAMD" in cpu_flags()
     return HAS_ONEDNN and amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@dataclass(frozen=True)
+class PackedProduct:
+    """What one `Linear` computes, in `dtype` and with its weight in a layout of oneDNN's own."""
+
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layer: Linear, dtype: torch.dtype) -> PackedProduct:
+        weight = layer.weight.detach().to(dtype).contiguous()
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS), bias, dtype)
+
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """x [...,I] -> [...,O]; "gelu" is applied while the results are still in registers."""
+        x = x.to(self.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "none")
+
+
+@contextmanager
+def prepacked(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Within the block every `Linear` of `model` multiplies by a copy of its weight, laid out once.
+
+    For evaluation: the weights must stay as they are, and calls that record gradients use none of the copies.
+    With bfloat16 the copies serve calls under autocast, which would convert each weight in every call.
+    Nothing happens where oneDNN is not the faster one, or the model is not on a CPU.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)] if _pays(model, dtype) else []
+    try:
+        for layer in layers:
+            layer.packed = PackedProduct.of(layer, dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+def _pays(model: nn.Module, dtype: torch.dtype) -> bool:
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return False
+    if not (HAS_ONEDNN and torch.backends.mkldnn.enabled):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and onednn_is_faster()
 
 
 class _Product(torch.autograd.Function):

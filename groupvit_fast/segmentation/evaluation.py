@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from groupvit_fast.console import UserError
+from groupvit_fast.model.linear import prepacked
 from groupvit_fast.segmentation import metrics
 from groupvit_fast.segmentation.batch import check_size, segment_batch
 from groupvit_fast.segmentation.datasets import Item, SegmentationDataset
@@ -25,7 +26,7 @@ from groupvit_fast.segmentation.reading import Pair, Read, batches, read_ahead
 from groupvit_fast.segmentation.report import Evaluation, summarise
 from groupvit_fast.segmentation.tally import Tally
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_READ_AHEAD = 128
 SAVE_EVERY = 20.0
 """Seconds between two partial results."""
@@ -84,7 +85,7 @@ def evaluate(
         details=details, strict=strict, ranks=ranks,
     )  # fmt: skip
     run.resume(partial)
-    with evaluating(model):
+    with evaluating(model, precision):
         run.count(progress)
     states = ranks.gather(run.progress.to_bytes(""))
     if not states:
@@ -235,12 +236,13 @@ def encode_protocol_classes(model: torch.nn.Module, entries: Sequence[str], prot
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the former mode afterwards."""
+def evaluating(model: torch.nn.Module, precision: str = "fp32") -> Iterator[None]:
+    """Evaluation mode inside, the former mode afterwards; weights must not change inside (`prepacked`)."""
     training = model.training
     model.eval()
     try:
-        yield
+        with prepacked(model, PRECISIONS[precision]):
+            yield
     finally:
         model.train(training)
 

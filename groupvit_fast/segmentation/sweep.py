@@ -28,7 +28,7 @@ def sweep_thresholds(
     classes = len(run.dataset.class_names)
     counts = torch.zeros(len(variants), 3, classes, dtype=torch.int64, device=run.device)
     done = 0
-    with evaluating(run.model):
+    with evaluating(run.model, run.precision):
         text = encode_protocol_classes(run.model, run.dataset.foreground, run.protocol)
         pairs = run.usable(read_ahead(run.dataset, run.items, 2 * run.batch_size))
         for batch in batches(pairs, run.batch_size, run.protocol.short_side**2):

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupvit_fast.model import linear
-from groupvit_fast.model.linear import Linear
+from groupvit_fast.model.layers import MLP, TokenMixer, quick_gelu
+from groupvit_fast.model.linear import Linear, PackedProduct, prepacked
 
 pytestmark = pytest.mark.skipif(not linear.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 ROWS, INPUTS, OUTPUTS = 3, 280, 320
@@ -19,6 +20,21 @@ def calls(monkeypatch):
     found, plain = [], linear._onednn
     monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(linear, "_onednn", lambda *inputs: found.append(inputs) or plain(*inputs))
+    return found
+
+
+@pytest.fixture
+def packed_calls(monkeypatch):
+    """As on a processor where packed weights are the faster ones; the activations they were asked for."""
+    found, plain = [], PackedProduct.__call__
+
+    def call(self, x, activation="none"):
+        found.append(activation)
+        return plain(self, x, activation)
+
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(PackedProduct, "__call__", call)
     return found
 
 
@@ -111,3 +127,78 @@ def test_it_is_decided_by_the_processor(monkeypatch, maker, capability, expected
     monkeypatch.setattr(linear, "cpu_flags", lambda: frozenset({"vendor_id", ":", maker}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert linear.onednn_is_faster.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [MLP, TokenMixer])
+def test_packed_weights_give_results_as_exact_as_plain_ones(packed_calls, dtype, kind):
+    generator = torch.Generator().manual_seed(0)
+    layer = kind(24, 96, 40)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    shape = (3, 50, 24) if kind is MLP else (3, 24, 50)
+    x = torch.randn(shape, generator=generator)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        plain = layer(x)
+        with prepacked(layer, dtype):
+            packed = layer(x)
+    assert packed_calls == ["gelu", "none"]
+    assert packed.dtype == plain.dtype == dtype
+    with torch.no_grad():
+        exact = layer.double()(x.double())
+    assert (packed - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+def test_packed_weights_serve_only_what_they_were_made_for(packed_calls):
+    layer = MLP(24, 96, 40)
+    x = torch.randn(5, 24)
+    with prepacked(layer):
+        layer(x).sum().backward()  # gradients are wanted
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        with torch.no_grad():
+            torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert layer.fc1.weight.grad is not None
+    with prepacked(layer, torch.bfloat16), torch.no_grad():
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+    assert not packed_calls
+    other = MLP(24, 96, 40, quick_gelu)
+    with prepacked(other), torch.no_grad():
+        other(x)
+    assert packed_calls == ["none", "none"]
+
+
+def test_packed_weights_are_let_go_of_after_an_error(packed_calls):
+    layer = MLP(24, 96, 40)
+    with pytest.raises(RuntimeError), prepacked(layer), torch.no_grad():
+        layer(torch.zeros(5, 23))
+    assert packed_calls == ["gelu"]
+    assert layer.fc1.packed is layer.fc2.packed is None
+
+
+@pytest.mark.parametrize(
+    "why", ["another processor", "switched off", "no bfloat16", "float64", "not on the CPU"]
+)
+def test_weights_are_not_packed_where_it_does_not_pay(packed_calls, monkeypatch, why):
+    dtype, device = torch.float32, "cpu"
+    if why == "another processor":
+        monkeypatch.setattr(linear, "onednn_is_faster", lambda: False)
+    elif why == "no bfloat16":
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        dtype = torch.bfloat16
+    elif why == "float64":
+        dtype = torch.float64
+    elif why == "not on the CPU":
+        device = "meta"
+    with torch.backends.mkldnn.flags(enabled=why != "switched off"):
+        layer = MLP(24, 96, 40).to(device)
+        with prepacked(layer, dtype):
+            assert layer.fc1.packed is None
+
+
+def test_an_empty_batch(packed_calls):
+    layer = MLP(24, 96, 40)
+    with prepacked(layer), torch.no_grad():
+        assert layer(torch.zeros(0, 7, 24)).shape == (0, 7, 40)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from groupvit_fast.console import UserError
+from groupvit_fast.model import create_model, linear
 from groupvit_fast.segmentation import VocFolder, evaluate, protocol, segment_image
 from groupvit_fast.segmentation.evaluation import (
     encode_protocol_classes,
@@ -181,3 +182,26 @@ def test_bfloat16_moves_few_labels(tmp_path, tools):
     assert 0 < np.abs(full - half).sum() < 0.1 * full.sum()
     with pytest.raises(UserError, match="choose one of fp32, bf16"):
         evaluate(model, dataset, chosen, precision="fp8")
+
+
+@pytest.mark.skipif(not linear.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_laid_out_once_for_all_images(voc, monkeypatch, precision):
+    packed, used = [], []
+    make, call = linear.PackedProduct.of, linear.PackedProduct.__call__
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(
+        linear.PackedProduct, "of", lambda layer, dtype: packed.append(layer) or make(layer, dtype)
+    )
+    monkeypatch.setattr(
+        linear.PackedProduct,
+        "__call__",
+        lambda self, x, *rest: used.append(self.dtype) or call(self, x, *rest),
+    )
+    model = create_model("tiny", seed=0)
+    evaluate(model, VocFolder(voc), protocol("shapes"), batch_size=2, precision=precision)
+    layers = [module for module in model.modules() if isinstance(module, linear.Linear)]
+    assert packed == layers
+    assert set(used) == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+    assert all(layer.packed is None for layer in layers)
