@@ -8,6 +8,9 @@
 
 namespace gvit {
 
+// The CPU's backward has all logits of a token before it at once, and makes index and lse of them again.
+inline bool keeps_lse(const Tensor& query) { return query.is_cuda(); }
+
 struct AssignInputs {
     Tensor query, key;
     std::optional<Tensor> value, bias, noise_key;
@@ -63,15 +66,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_assign_forward(const Tensor& q
                                                                  double tau, double eps, bool hard) {
     AssignInputs in{query, key, value, bias, noise_key};
     AssignParams params = assign_params(in, scale, tau, eps, hard);
-    const ScalarType statistic = statistic_type(query);
-    Tensor output = torch::stable::new_empty(query, {params.samples, params.groups, params.channels});
-    Tensor index = torch::stable::new_empty(query, {params.samples, params.tokens}, ScalarType::Long);
-    Tensor count = torch::stable::new_empty(query, {params.samples, params.groups}, statistic);
-    Tensor lse = torch::stable::new_empty(query, {params.samples, params.tokens}, statistic);
+    const int32_t statistic =
+        query.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    Tensor output = empty(query, {params.samples, params.groups, params.channels});
+    Tensor index = empty(query, {params.samples, params.tokens}, aoti_torch_dtype_int64());
+    Tensor count = empty(query, {params.samples, params.groups}, statistic);
+    Tensor lse =
+        keeps_lse(query) ? empty(query, {params.samples, params.tokens}, statistic) : empty(query, {0}, statistic);
     params.output = matrices(output);
     params.index = index.mutable_data_ptr<int64_t>();
     params.count = count.mutable_data_ptr();
-    params.lse = lse.mutable_data_ptr();
+    if (keeps_lse(query)) params.lse = lse.mutable_data_ptr();
     if (params.samples > 0) run(params, query);
     return {output, index, count, lse};
 }
@@ -80,40 +85,43 @@ template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_assign_backward(
     const Tensor& grad_output, const std::optional<Tensor>& grad_count, const Tensor& query, const Tensor& key,
     const std::optional<Tensor>& value, const std::optional<Tensor>& bias, const std::optional<Tensor>& noise_key,
-    const Tensor& output, const Tensor& index, const Tensor& count, const Tensor& lse, double scale, double tau,
-    double eps, bool hard) {
+    const Tensor& output, const std::optional<Tensor>& index, const Tensor& count, const std::optional<Tensor>& lse,
+    double scale, double tau, double eps, bool hard) {
     AssignInputs in{query, key, value, bias, noise_key};
     AssignParams params = assign_params(in, scale, tau, eps, hard);
     const int64_t samples = params.samples, groups = params.groups, tokens = params.tokens;
     check_shape("grad_output", grad_output, "[B, S, C]", {samples, groups, params.channels});
     if (grad_count) check_shape("grad_count", *grad_count, "[B, S]", {samples, groups});
     check_shape("output", output, "[B, S, C]", {samples, groups, params.channels});
-    check_shape("index", index, "[B, L]", {samples, tokens});
     check_shape("count", count, "[B, S]", {samples, groups});
-    check_shape("lse", lse, "[B, L]", {samples, tokens});
     check_same_kind("grad_output", grad_output, "query", query);
     check_same_kind("output", output, "query", query);
-    check_dtype("index", index, ScalarType::Long, "int64");
     if (grad_count) {
         check_dtype("grad_count", *grad_count, statistic_type(query), "in the type of accumulation");
         check_same_device("grad_count", *grad_count, "query", query);
     }
     check_dtype("count", count, statistic_type(query), "in the type of accumulation");
-    check_dtype("lse", lse, statistic_type(query), "in the type of accumulation");
-    const Tensor gradient = dense_rows(grad_output), result = dense_rows(output), winner = dense(index);
-    const Tensor mass = dense(count), normaliser = dense(lse);
-    std::optional<Tensor> mass_gradient;
+    const Tensor gradient = dense_rows(grad_output), result = dense_rows(output), mass = dense(count);
+    std::optional<Tensor> mass_gradient, winner, normaliser;
     if (grad_count) mass_gradient = dense(*grad_count);
+    if (keeps_lse(query)) {
+        check(index && lse, "index and lse must be those of the forward on CUDA, got none");
+        check_shape("index", *index, "[B, L]", {samples, tokens});
+        check_dtype("index", *index, ScalarType::Long, "int64");
+        check_shape("lse", *lse, "[B, L]", {samples, tokens});
+        check_dtype("lse", *lse, statistic_type(query), "in the type of accumulation");
+        winner = dense(*index);
+        normaliser = dense(*lse);
+        params.index = const_cast<int64_t*>(winner->const_data_ptr<int64_t>());
+        params.lse = const_cast<void*>(normaliser->const_data_ptr());
+    }
 
-    Tensor grad_query = torch::stable::new_empty(query, {samples, groups, params.channels});
-    Tensor grad_key = torch::stable::new_empty(query, {samples, tokens, params.channels});
-    Tensor grad_value = value ? torch::stable::new_empty(query, {samples, tokens, params.channels})
-                              : torch::stable::new_empty(query, {0});
-    Tensor grad_bias = bias ? torch::stable::new_empty(query, {samples, groups}) : torch::stable::new_empty(query, {0});
+    Tensor grad_query = empty(query, {samples, groups, params.channels});
+    Tensor grad_key = empty(query, {samples, tokens, params.channels});
+    Tensor grad_value = value ? empty(query, {samples, tokens, params.channels}) : empty(query, {0});
+    Tensor grad_bias = bias ? empty(query, {samples, groups}) : empty(query, {0});
     params.output = matrices(result);
-    params.index = const_cast<int64_t*>(winner.const_data_ptr<int64_t>());
     params.count = const_cast<void*>(mass.const_data_ptr());
-    params.lse = const_cast<void*>(normaliser.const_data_ptr());
     params.grad_output = matrices(gradient);
     if (mass_gradient) params.grad_count = mass_gradient->const_data_ptr();
     params.grad_query = matrices(grad_query);

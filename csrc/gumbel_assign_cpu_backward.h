@@ -19,6 +19,7 @@ class AssignBackward : AssignTile<S> {
     T* const grad_bias = memory.template take<T>(groups_row);
     T* const output_dot = memory.template take<T>(groups_row);  // grad_output . output - grad_count * (count + eps)
     T* const inverse = memory.template take<T>(groups_row);     // 1 / (count + eps)
+    std::vector<index_t> chosen = std::vector<index_t>(tile);
     Rows<T> gradient{}, grad_query{};
 
   public:
@@ -33,8 +34,11 @@ class AssignBackward : AssignTile<S> {
             if (p.value.data != nullptr)
                 values = read_rows<S>(Base::at(p.value, sample, first), p.value.row, count, p.channels, value_scratch);
             this->multiply(values, gradient, gradient_t, count, d_assign);
-            for (index_t token = 0; token < count; ++token)
-                differentiate(token, static_cast<const T*>(p.lse)[sample * p.tokens + first + token]);
+            for (index_t token = 0; token < count; ++token) {
+                const auto choice = this->choose(token);
+                chosen[token] = choice.group;
+                differentiate(token, choice.maximum);
+            }
             if (p.grad_bias != nullptr) add_column_sums<T>({logits, groups_row}, count, groups_row, grad_bias);
             product<T>({logits, 1, groups_row}, this->keys.data, this->keys.row, grad_query.data, grad_query.row,
                        p.groups, channels_row, count, first > 0);
@@ -70,15 +74,14 @@ class AssignBackward : AssignTile<S> {
     }
 
     // Turns a row of logits into scale * d_logits and, for the soft assignment, the row of d_assign into
-    // assign / (count + eps). The softmax is normalised by its own sum: at large logits the rounding of lse
-    // alone would leave a gradient where the softmax is saturated.
-    GVIT_INLINE void differentiate(index_t token, T lse) {
+    // assign / (count + eps).
+    GVIT_INLINE void differentiate(index_t token, T maximum) {
         constexpr int lanes = kLanes<T>;
         T* row = logits + token * groups_row;
         T* d_row = d_assign + token * groups_row;
         Vector<T> sum{}, weighted{};
         for (index_t s = 0; s < groups_row; s += lanes) {
-            const Vector<T> e = exponential(this->tempered(token, s) - lse);
+            const Vector<T> e = exponential(load(row + s) - maximum);
             const Vector<T> d = (load(d_row + s) - load(output_dot + s)) * load(inverse + s);
             const Vector<T> clean = this->inside(s) ? d : Vector<T>{};
             sum += e;
@@ -103,22 +106,22 @@ class AssignBackward : AssignTile<S> {
         Rows<T> rows = result_rows<S>(key_to, p.grad_key.row, p.channels, token_scratch);
         product<T>({logits, groups_row, 1}, query.data, query.row, rows.data, rows.row, count, channels_row, p.groups,
                    false);
-        if (shared) add_value_gradients(sample, first, count, rows, true);
+        if (shared) add_value_gradients(count, rows, true);
         write_rows<S>(rows, key_to, p.grad_key.row, count, p.channels);
         if (shared) return;
         S* value_to = Base::at_result(p.grad_value, sample, first);
         rows = result_rows<S>(value_to, p.grad_value.row, p.channels, token_scratch);
-        add_value_gradients(sample, first, count, rows, false);
+        add_value_gradients(count, rows, false);
         write_rows<S>(rows, value_to, p.grad_value.row, count, p.channels);
     }
 
     // Gradient of the values, assign^T * grad_output / (count + eps): for the hard assignment a gather.
-    void add_value_gradients(index_t sample, index_t first, index_t count, Rows<T> rows, bool add) {
+    void add_value_gradients(index_t count, Rows<T> rows, bool add) {
         if (!p.hard)
             return product<T>({d_assign, groups_row, 1}, gradient.data, gradient.row, rows.data, rows.row, count,
                               channels_row, p.groups, add);
         for (index_t token = 0; token < count; ++token) {
-            const index_t group = p.index[sample * p.tokens + first + token];
+            const index_t group = chosen[token];
             const T* from = gradient[group];
             T* to = rows[token];
             for (index_t c = 0; c < channels_row; c += kLanes<T>) {

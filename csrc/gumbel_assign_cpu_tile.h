@@ -18,6 +18,25 @@ inline index_t tile_of_tokens(index_t tokens, index_t channels, index_t groups) 
     return round_up<index_t>(ceil_div(tokens, ceil_div(tokens, limit)), 4);
 }
 
+// torch.argmax: the first of the largest, where NaN is larger than any number.
+template <class T>
+index_t first_largest(const T* value, index_t count) {
+    index_t best = 0;
+    for (index_t i = 0; i < count; ++i) {
+        if (value[i] != value[i]) return i;
+        if (value[i] > value[best]) best = i;
+    }
+    return best;
+}
+
+// The group of a token, the logit that it has there (but for NaNs), and whether the logits have a softmax.
+template <class T>
+struct Choice {
+    T maximum;
+    index_t group;
+    bool proper;
+};
+
 // What forward and backward share for one thread: sizes, the transposed query and the logits of a tile.
 template <class S>
 struct AssignTile {
@@ -79,6 +98,32 @@ struct AssignTile {
         draw_noise(p.noise_key[0], p.noise_key[1], sample, p.groups, p.tokens, first, count, noise, noise_row);
     }
 
+    // The choice of a token, whose dot products become tempered logits in place. Not inlined: forward and backward
+    // must round alike, to choose alike.
+    __attribute__((noinline)) Choice<T> choose(index_t token) {
+        T* row = logits + token * groups_row;
+        using Number = Integer<T>;
+        Vector<T> largest = fill(-std::numeric_limits<T>::infinity());
+        Vector<Number> numbers = fill<Number>(-1);  // 0 in lanes that had a NaN
+        for (index_t s = 0; s < groups_row; s += kLanes<T>) {
+            const Vector<T> z = tempered(token, s);
+            store(row + s, z);
+            largest = larger_of(z, largest);  // never a NaN
+            numbers &= z == z;
+        }
+        if (p.groups == 1) return {row[0], 0, row[0] - row[0] == 0};
+        const T maximum = largest_lane<T>(largest);
+        if (maximum - maximum != 0 || largest_lane<Number>(numbers) == 0)
+            return {maximum, first_largest(row, p.groups), false};
+        Vector<Number> winners = fill(std::numeric_limits<Number>::max());
+        for (index_t s = 0; s < groups_row; s += kLanes<T>) {
+            const Vector<Number> number = lane_numbers<T>() + static_cast<Number>(s);
+            winners = smaller_of(winners, load(row + s) == maximum ? number : winners);
+        }
+        return {maximum, static_cast<index_t>(smallest_lane<Number>(winners)), true};
+    }
+
+  private:
     // (logit + noise) / tau of lanes s.. of a token; -inf beyond the last group.
     GVIT_INLINE Vector<T> tempered(index_t token, index_t s) const {
         Vector<T> z = (load(logits + token * groups_row + s) + load(bias + s)) * static_cast<T>(p.scale);
@@ -87,6 +132,7 @@ struct AssignTile {
         return inside(s) ? z : fill(-std::numeric_limits<T>::infinity());
     }
 
+  protected:
     GVIT_INLINE auto inside(index_t s) const { return lane_numbers<T>() < static_cast<Integer<T>>(p.groups - s); }
 };
 

@@ -27,9 +27,9 @@ STABLE_TORCH_LIBRARY(groupvit_fast, m) {
         "float scale, float tau, float eps, bool hard) -> (Tensor output, Tensor index, Tensor count, Tensor lse)");
     m.def(
         "gumbel_assign_backward(Tensor grad_output, Tensor? grad_count, Tensor query, Tensor key, Tensor? value, "
-        "Tensor? bias, Tensor? noise_key, Tensor output, Tensor index, Tensor count, Tensor lse, float scale, float "
-        "tau, "
-        "float eps, bool hard) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
+        "Tensor? bias, Tensor? noise_key, Tensor output, Tensor? index, Tensor count, Tensor? lse, float scale, "
+        "float tau, float eps, bool hard) -> "
+        "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
     m.def("upsample_masks(Tensor maps, SymInt height, SymInt width) -> Tensor");
     m.def("upsample_masks_backward(Tensor gradient, SymInt height, SymInt width) -> Tensor");
     m.def(

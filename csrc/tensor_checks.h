@@ -77,17 +77,27 @@ inline void check_same_device(const char* name, const Tensor& tensor, const char
           " must be on the device of ", owner);
 }
 
-// By the C shim, which the dispatcher's new_empty and transpose take several times as long as.
+// By the C shim, which the dispatcher's new_empty and transpose take several times as long as; of the dtype of
+// `like`, or of another, by the shim's number of it.
 template <size_t dims>
-Tensor empty_strided(const Tensor& like, const int64_t (&sizes)[dims], const int64_t (&strides)[dims]) {
+Tensor empty_strided(const Tensor& like, const int64_t (&sizes)[dims], const int64_t (&strides)[dims],
+                     std::optional<int32_t> other_dtype = std::nullopt) {
     int32_t dtype, device_type, device_index;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, other_dtype.value_or(dtype),
+                                                           device_type, device_index, &handle));
     return Tensor(handle);
+}
+
+template <size_t dims>
+Tensor empty(const Tensor& like, const int64_t (&sizes)[dims], std::optional<int32_t> other_dtype = std::nullopt) {
+    int64_t strides[dims];
+    strides[dims - 1] = 1;
+    for (size_t d = dims - 1; d > 0; --d) strides[d - 1] = strides[d] * larger<int64_t>(sizes[d], 1);
+    return empty_strided(like, sizes, strides, other_dtype);
 }
 
 inline Tensor dense(const Tensor& tensor) {

@@ -50,7 +50,8 @@ struct AttentionParams {
 };
 
 // bias and grad_bias [samples, groups], index [samples, tokens], count [samples, groups], lse [samples, tokens]
-// are contiguous; count and lse are in the type of accumulation.
+// are contiguous; count and lse are in the type of accumulation. On the CPU there is no lse, and no index in the
+// backward.
 struct AssignParams {
     Matrices query, key, value, output;  // value.data is null where the values are the keys
     const void* bias;                    // or null

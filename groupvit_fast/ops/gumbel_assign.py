@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -61,10 +62,14 @@ def gumbel_assign(
             query, key, value, bias=bias, scale=scale, tau=tau, hard=bool(hard), noise_key=noise_key, eps=eps
         )
     own_value = None if value is key else value
-    output, index, count, _ = torch.ops.groupvit_fast.gumbel_assign_forward.default(
-        query, key, own_value, bias, noise_key, scale, tau, eps, bool(hard)
-    )
-    return Assignment(output, index, count)
+    arguments = (query, key, own_value, bias, noise_key, scale, tau, eps, bool(hard))
+    operator = torch.ops.groupvit_fast.gumbel_assign_forward.default
+    if not registration.runs_directly():
+        return Assignment(*operator(*arguments)[:3])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
+        return Assignment(*_Assign.apply(*arguments)[:3])
+    with registration.below_autograd():
+        return Assignment(*operator(*arguments)[:3])
 
 
 def gumbel_noise(noise_key: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
@@ -116,7 +121,7 @@ def _register() -> None:
             query.new_empty((batch, groups, channels)),
             query.new_empty((batch, tokens), dtype=torch.int64),
             query.new_empty((batch, groups), dtype=statistic),
-            query.new_empty((batch, tokens), dtype=statistic),
+            query.new_empty((batch, tokens) if query.is_cuda else (0,), dtype=statistic),
         )
 
     @registration.fake("gumbel_assign_backward")
@@ -141,6 +146,8 @@ def _save(ctx, inputs, output) -> None:
     result, index, count, lse = output
     ctx.mark_non_differentiable(index, lse)
     ctx.set_materialize_grads(False)
+    if lse.dim() == 1:  # the CPU's backward makes both again
+        index = lse = None
     ctx.save_for_backward(query, key, value, bias, noise_key, result, index, count, lse)
 
 
@@ -150,12 +157,28 @@ def _backward(ctx, grad_output, _index, grad_count, _lse):
     query, key, value, bias, *rest = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(query)
-    grad_query, grad_key, grad_value, grad_bias = torch.ops.groupvit_fast.gumbel_assign_backward.default(
-        grad_output, grad_count, query, key, value, bias, *rest, *ctx.constants
-    )
+    operator = torch.ops.groupvit_fast.gumbel_assign_backward.default
+    direct = registration.runs_directly() and not torch.is_grad_enabled()
+    with registration.below_autograd() if direct else nullcontext():
+        grad_query, grad_key, grad_value, grad_bias = operator(
+            grad_output, grad_count, query, key, value, bias, *rest, *ctx.constants
+        )
     grad_value = None if value is None else grad_value
     grad_bias = None if bias is None else grad_bias
     return grad_query, grad_key, grad_value, grad_bias, None, None, None, None, None
+
+
+class _Assign(torch.autograd.Function):
+    """The registered gradient, without the dispatcher's way through Python, which outlasts small calls."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with registration.below_autograd():
+            results = torch.ops.groupvit_fast.gumbel_assign_forward.default(*inputs)
+        _save(ctx, inputs, results)
+        return results
+
+    backward = staticmethod(_backward)
 
 
 if library.HAS_CPU:

@@ -59,16 +59,6 @@ class Backend:
             return ops.group_attention(query, key, value, scale=scale)
         return HostAttention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)[0]
 
-    def statistic(self, query, key, *, bias, noise_key, scale=1.0, tau=1.0) -> Tensor:
-        """lse [B, L] of gumbel_assign: log of the sum over groups of e^z."""
-        arguments = (query, key, None, bias, noise_key, scale, tau, 1.0, True)
-        if self.name == "host_cuda":
-            return host_cuda().gumbel_assign_forward(*arguments)[3]
-        if self.name == "reference":
-            z = ops.reference.assignment_logits(query, key, bias, scale)
-            return ((z + ops.gumbel_noise(noise_key, z.shape)) / tau).logsumexp(dim=1)
-        return torch.ops.groupvit_fast.gumbel_assign_forward(*arguments)[3]
-
 
 def host_cuda():
     import host_cuda_backend

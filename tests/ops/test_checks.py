@@ -93,7 +93,7 @@ def test_the_operators_themselves_check_too(change, message):
 
 
 @pytest.mark.skipif(not any(b.compiled for b in BACKENDS), reason="nothing was compiled")
-@pytest.mark.parametrize("position", range(11))
+@pytest.mark.parametrize("position", [*range(8), 9])  # 8 and 10, index and lse, are read on a GPU only
 def test_the_backward_operators_check_every_tensor(position):
     query, key, value = good().values()
     arguments = [query, key, value, torch.randn(2, 5), None]

@@ -72,20 +72,36 @@ def test_index_and_count(backend, shape):
 
 
 @pytest.mark.parametrize("key", [(0, 0), (5, 1), (-1, -2), (0x123456789ABCDEF, 0x7EDCBA9876543210)])
-@pytest.mark.parametrize("shape", [(2, 7, 37), (1, 64, 100), (3, 1, 5), (2, 10, 129)])
+@pytest.mark.parametrize("shape", [(2, 7, 37), (1, 64, 100), (3, 2, 5), (2, 10, 129)])
 def test_noise_is_that_of_the_reference_element_by_element(backend, shape, key):
-    """With all groups but one at -inf, the sum of exponentials is the noise of that one."""
+    """Noise alone is assigned, softly, and every token is a channel of its own: the map can be read off."""
     if backend.name == "host_cuda":
         shape = (shape[0], min(shape[1], 10), shape[2])
     batch, groups, tokens = shape
-    wanted = reference.gumbel_noise(torch.tensor(key), shape)
-    query, token = torch.zeros(batch, groups, 4), torch.zeros(batch, tokens, 4)
-    for group in {0, groups // 2, groups - 1}:
-        bias = torch.full((batch, groups), -torch.inf)
-        bias[:, group] = 0
-        tensors = [t.to(backend.device) for t in (query, token, bias)]
-        lse = backend.statistic(tensors[0], tensors[1], bias=tensors[2], noise_key=noise_key(backend, key))
-        torch.testing.assert_close(lse.cpu(), wanted[:, group], rtol=5e-7, atol=5e-7)
+    wanted = reference.gumbel_noise(torch.tensor(key), shape).double().log_softmax(dim=1)
+    query, token = torch.zeros(batch, groups, tokens), torch.zeros(batch, tokens, tokens)
+    value = torch.eye(tokens).expand(batch, -1, -1)
+    query, token, value = (t.to(backend.device) for t in (query, token, value))
+    result = backend.gumbel_assign(
+        query, token, value, noise_key=noise_key(backend, key), hard=False, eps=0.0
+    )
+    assignment = result.output.double() * result.count.double().unsqueeze(-1)
+    torch.testing.assert_close(assignment.log().cpu(), wanted, rtol=0, atol=5e-6)
+
+
+def test_the_backward_gives_each_token_the_gradient_of_its_group(backend):
+    """Also where groups tie to the last bit or nearly: its value has the gradient of a row of the output."""
+    torch.manual_seed(0)
+    query, key, value, bias, gradient = inputs((2, 30, 40, 48), device=backend.device)
+    query[:, 1::2] = query[:, ::2]
+    bias[:, 1::2] = bias[:, ::2]
+    query[:, 3::4, 0] = query[:, 2::4, 0].nextafter(torch.full_like(query[:, 2::4, 0], torch.inf))
+    value = leaf(value)
+    result = backend.gumbel_assign(query, key, value, bias=bias)
+    (grad_value,) = torch.autograd.grad(result.output, value, gradient)
+    shares = gradient / (result.count + 1).unsqueeze(-1)
+    wanted = shares.gather(1, result.index.unsqueeze(-1).expand(-1, -1, 48))
+    torch.testing.assert_close(grad_value, wanted, rtol=1e-6, atol=0)
 
 
 def test_soft_gradcheck(backend):
