@@ -29,6 +29,37 @@ GVIT_INLINE void store(T* to, Vector<T> v) {
     __builtin_memcpy(to, &v, sizeof v);
 }
 
+// The first `count` lanes alone, 1 <= count <= kLanes; the others are zero, or stay in memory as they are.
+template <class T>
+GVIT_INLINE Vector<T> load_part(const T* from, index_t count) {
+#if GVIT_VECTOR_BYTES == 64
+    const uint32_t mask = (uint32_t{2} << (count - 1)) - 1;
+    if constexpr (sizeof(T) == 4)
+        return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from));
+    else
+        return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
+#else
+    if (count == kLanes<T>) return load(from);
+    Vector<T> v{};
+    __builtin_memcpy(&v, from, count * sizeof(T));
+    return v;
+#endif
+}
+
+template <class T>
+GVIT_INLINE void store_part(T* to, Vector<T> v, index_t count) {
+#if GVIT_VECTOR_BYTES == 64
+    const uint32_t mask = (uint32_t{2} << (count - 1)) - 1;
+    if constexpr (sizeof(T) == 4)
+        _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+    else
+        _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+#else
+    if (count == kLanes<T>) return store(to, v);
+    __builtin_memcpy(to, &v, count * sizeof(T));
+#endif
+}
+
 template <class T>
 GVIT_INLINE Vector<T> fill(T value) {
     return value - Vector<T>{};

@@ -1,6 +1,7 @@
 // CPU kernels of group_attention for a range of heads. Included once per level, see csrc/cpu_levels.h.
 #include "csrc/group_attention_cpu_tile.h"
 
+#include "csrc/group_attention_cpu_few.h"
 #include "csrc/group_attention_cpu_single.h"
 
 #if GVIT_BFLOAT_PRODUCTS
@@ -14,8 +15,8 @@ class AttentionForward : Products {
     using Base = Products;
     using S = typename Base::Storage;
     using T = typename Base::T;
+    using Base::groups_row, Base::vector_step;
     using Base::lanes, Base::p, Base::groups, Base::depth_row, Base::logits, Base::memory, Base::tile;
-    using Base::token_step, Base::group_step, Base::vector_step, Base::block_step;
 
     T* const sums_scratch = memory.template take<T>(Base::groups_limit * depth_row);
     T* const largest = memory.template take<T>(Base::statistics_size());
@@ -38,7 +39,7 @@ class AttentionForward : Products {
             this->load_tile(first, count);
             exclude_beyond(count);
             for (index_t block = 0; block < this->blocks(); ++block)
-                soften(logits + block * block_step, block * lanes, this->vectors(count));
+                soften(logits + block * lanes, block * lanes, this->vectors(count));
             if (first > 0) correct_sums();
             this->weigh_values(count, sums, first > 0);
         }
@@ -48,11 +49,8 @@ class AttentionForward : Products {
   private:
     // The tokens that fill the last vector of a block take no part in the softmax.
     void exclude_beyond(index_t count) {
-        const index_t rows = Base::layout == Layout::rows ? groups : Base::groups_row;
-        const index_t end = this->vectors(count) * vector_step / token_step;
-        for (index_t token = count; token < end; ++token)
-            for (index_t s = 0; s < rows; ++s)
-                logits[token * token_step + s * group_step] = -std::numeric_limits<T>::infinity();
+        const index_t end = this->vectors(count) * vector_step;
+        for (index_t i = count * groups_row; i < end; ++i) logits[i] = -std::numeric_limits<T>::infinity();
     }
 
     // Logits of a block to e^(logit - running maximum); notes by how much the earlier sums shrink. Four chains,
@@ -87,7 +85,7 @@ class AttentionForward : Products {
     }
 
     void correct_sums() {
-        for (index_t s = 0; s < groups; ++s) multiply_row(sums[s], correction[this->lane_of(s)]);
+        for (index_t s = 0; s < groups; ++s) multiply_row(sums[s], correction[s]);
     }
 
     GVIT_INLINE void multiply_row(T* row, T factor) const {
@@ -103,8 +101,8 @@ class AttentionForward : Products {
         }
         for (index_t s = 0; s < groups; ++s) {
             if (p.tokens == 0) std::memset(sums[s], 0, depth_row * sizeof(T));
-            if (p.tokens > 0) multiply_row(sums[s], total[this->lane_of(s)]);
-            lse[s] = largest[this->lane_of(s)];
+            if (p.tokens > 0) multiply_row(sums[s], total[s]);
+            lse[s] = largest[s];
         }
         write_rows<S>(sums, this->at(p.output, this->first_group), p.output.row, groups, p.depth);
     }
@@ -116,8 +114,8 @@ class AttentionBackward : Products {
     using Base = Products;
     using S = typename Base::Storage;
     using T = typename Base::T;
+    using Base::groups_row, Base::vector_step;
     using Base::lanes, Base::p, Base::groups, Base::depth_row, Base::logits, Base::memory, Base::tile;
-    using Base::token_step, Base::group_step, Base::vector_step, Base::block_step;
 
     T* const gradient_scratch = memory.template take<T>(Base::groups_limit * depth_row);
     T* const output_scratch = memory.template take<T>(Base::groups_limit * depth_row);
@@ -162,14 +160,11 @@ class AttentionBackward : Products {
         for (index_t s = 0; s < this->statistics_size(); ++s) lse[s] = output_dot[s] = 0;
         const Rows<T> output = read_rows<S>(this->at(p.output, group), p.output.row, groups, p.depth, output_scratch);
         for (index_t s = 0; s < groups; ++s) {
-            // In every lane that belongs to the group.
-            const index_t copies = Base::layout == Layout::columns ? 1 : Base::layout == Layout::pairs ? 2 : lanes;
-            const index_t step = Base::layout == Layout::pairs ? lanes / 2 : 1;
-            const T product = dot(gradient[s], output[s], depth_row);
-            for (index_t i = 0; i < copies; ++i) {
-                output_dot[this->lane_of(s) + i * step] = product;
-                lse[this->lane_of(s) + i * step] = saved[s];
-            }
+            output_dot[s] = dot(gradient[s], output[s], depth_row);
+            lse[s] = saved[s];
+            if (Base::layout == Layout::columns) continue;
+            output_dot[s + groups_row] = output_dot[s];  // in every lane that belongs to the group
+            lse[s + groups_row] = lse[s];
         }
     }
 
@@ -180,8 +175,8 @@ class AttentionBackward : Products {
         for (index_t block = 0; block < this->blocks(); ++block) {
             const Vector<T> normaliser = load(lse + block * lanes), mean = load(output_dot + block * lanes);
             for (index_t i = 0; i < vectors; ++i) {
-                T* logit = logits + block * block_step + i * vector_step;
-                T* d_logit = d_logits + block * block_step + i * vector_step;
+                T* logit = logits + block * lanes + i * vector_step;
+                T* d_logit = d_logits + block * lanes + i * vector_step;
                 const Vector<T> probability = exponential(load(logit) - normaliser);
                 store(logit, probability);
                 store(d_logit, probability * (load(d_logit) - mean) * static_cast<T>(p.scale));
@@ -204,6 +199,12 @@ void attend(const AttentionParams& p, index_t first, index_t last) {
             }
             return;
         }
+    using Few = FewGroups<typename Products::Storage>;
+    if (p.groups <= Few::kMostGroups) {
+        Few kernel(p);
+        for (index_t unit = first; unit < last; ++unit) kernel.forward(unit);
+        return;
+    }
     AttentionForward<Products> kernel(p);
     for (index_t unit = first; unit < last; ++unit) kernel.run(unit / tiles, unit % tiles * kGroupTile);
 }
@@ -218,6 +219,12 @@ void differentiate_attention(const AttentionParams& p, index_t first, index_t la
             for (index_t unit = first; unit < last; ++unit) kernel.backward(unit);
             return;
         }
+    using Few = FewGroups<typename Products::Storage>;
+    if (p.groups <= Few::kMostGroups) {
+        Few kernel(p);
+        for (index_t unit = first; unit < last; ++unit) kernel.backward(unit);
+        return;
+    }
     AttentionBackward<Products> kernel(p);
     for (index_t unit = first; unit < last; ++unit) kernel.run(unit);
 }

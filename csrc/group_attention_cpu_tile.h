@@ -15,13 +15,12 @@ inline index_t attention_tile(index_t tokens, index_t groups) {
                            : round_up<index_t>(ceil_div(tokens, ceil_div(tokens, limit)), 12);
 }
 
-// How the logits of a tile lie, so that few lanes idle; the vectors over which a softmax runs, one lane or all
-// lanes of them belonging to a group, form a block:
+// How the logits of a tile lie, so that few lanes idle; the vectors over which a softmax runs, down the tokens,
+// form a block:
 //   columns   [token][group], groups padded to whole vectors; a block is a vector of groups, one token each
 //   pairs     the same for at most half a vector of groups: a vector holds two tokens, and the products take two
 //             steps of depth at a time; the only block is all of them
-//   rows      [group][token] for at most a quarter of a vector of groups; a block is a group
-enum class Layout { columns, pairs, rows };
+enum class Layout { columns, pairs };
 
 // One (sample, head, tile of groups): the logits of a tile of tokens, and where what belongs to them lies.
 template <class S>
@@ -33,9 +32,8 @@ struct AttentionTile {
     const AttentionParams& p;
     const index_t tile, groups_limit, depth_row;
     const Layout layout;
-    const index_t groups_row;  // groups, padded as far as `columns` and `pairs` need
-    const index_t token_step, group_step;
-    const index_t vector_step, block_step;  // to the next vector of a block, to the next block
+    const index_t groups_row;   // groups, padded as far as the layout needs
+    const index_t vector_step;  // to the next vector of a block
     Workspace memory;
     T* const logits;
     index_t sample = 0, head = 0, first_group = 0, groups = 0;
@@ -47,15 +45,12 @@ struct AttentionTile {
           depth_row(padded<T>(params.depth)),
           layout(layout_of_logits),
           groups_row(layout == Layout::pairs ? lanes / 2 : padded<T>(groups_limit)),
-          token_step(layout == Layout::rows ? 1 : groups_row),
-          group_step(layout == Layout::rows ? padded<T>(tile) : 1),
-          vector_step(larger(token_step, lanes)),
-          block_step(layout == Layout::rows ? group_step : lanes),
+          vector_step(larger(groups_row, lanes)),
           logits(take_logits()) {}
 
     // Lanes of no group or no token are computed with, and so need a value.
     T* take_logits() {
-        const index_t size = layout == Layout::rows ? groups_limit * group_step : (tile + 3) * groups_row;
+        const index_t size = (tile + 3) * groups_row;
         T* memory_of_tile = memory.take<T>(size);
         std::memset(memory_of_tile, 0, size * sizeof(T));
         return memory_of_tile;
@@ -69,20 +64,14 @@ struct AttentionTile {
     }
 
     // Vectors of a block for `count` tokens.
-    index_t vectors(index_t count) const {
-        return layout == Layout::columns ? count : ceil_div(count, layout == Layout::pairs ? 2 : lanes);
-    }
-    index_t blocks() const { return layout == Layout::rows ? groups : larger<index_t>(groups_row / lanes, 1); }
-    // Where the statistic of a group lies, in memory of one vector a block.
-    index_t lane_of(index_t group) const { return layout == Layout::rows ? group * lanes : group; }
-    index_t statistics_size() const { return layout == Layout::rows ? groups_limit * lanes : padded<T>(groups_row); }
+    index_t vectors(index_t count) const { return layout == Layout::columns ? count : ceil_div<index_t>(count, 2); }
+    index_t blocks() const { return larger<index_t>(groups_row / lanes, 1); }
+    index_t statistics_size() const { return padded<T>(groups_row); }  // one vector a block
 
     // A reduction over the vectors of a block, to be finished over those of its lanes that belong together.
     template <class Combine>
     GVIT_INLINE Vector<T> across_lanes(Vector<T> v, Combine combine) const {
-        if (layout == Layout::pairs) return combine(v, shuffle<T, Exchange<lanes / 2>>(v, v));
-        if (layout == Layout::columns) return v;
-        return all_lanes<T>(v, combine);
+        return layout == Layout::pairs ? combine(v, shuffle<T, Exchange<lanes / 2>>(v, v)) : v;
     }
 
     // `flat_head` counts the heads of all samples.
@@ -96,7 +85,6 @@ struct AttentionTile {
 
 template <class T>
 Layout layout_of(index_t groups, index_t depth) {
-    if (groups <= kLanes<T> / 4) return Layout::rows;
     return sizeof(T) == 4 && groups <= kLanes<T> / 2 && depth % 2 == 0 ? Layout::pairs : Layout::columns;
 }
 
@@ -106,7 +94,7 @@ struct AttentionProducts : AttentionTile<S> {
     using Base = AttentionTile<S>;
     using T = typename Base::T;
     using Base::lanes, Base::p, Base::tile, Base::groups, Base::groups_limit, Base::groups_row, Base::depth_row;
-    using Base::logits, Base::layout, Base::token_step, Base::group_step, Base::memory;
+    using Base::logits, Base::layout, Base::memory;
 
     const bool dots;  // logits as products of rows with rows, nothing transposed
     T* const query_t = memory.template take<T>(dots ? 0 : p.depth * groups_row);
@@ -118,8 +106,7 @@ struct AttentionProducts : AttentionTile<S> {
 
     explicit AttentionProducts(const AttentionParams& params)
         : Base(params, layout_of<T>(smaller(kGroupTile, params.groups), params.depth)),
-          dots(layout == Layout::rows ||
-               ((layout == Layout::columns || p.tokens <= lanes) && by_rows<T>(p.tokens, groups_limit, p.depth))) {}
+          dots((layout == Layout::columns || p.tokens <= lanes) && by_rows<T>(p.tokens, groups_limit, p.depth)) {}
 
     void start(index_t flat_head, index_t group) {
         this->select(flat_head, group);
@@ -140,14 +127,14 @@ struct AttentionProducts : AttentionTile<S> {
         for (index_t l = 0; l < count; l += kBlock) {
             const index_t block = smaller(kBlock, count - l);
             if (groups > 16) prefetch_rows(values[l], values.row, block);
-            multiply({keys[l], keys.row}, {scaled, depth_row}, query_t, block, logits + l * token_step);
+            multiply({keys[l], keys.row}, {scaled, depth_row}, query_t, block, logits + l * groups_row);
         }
     }
 
     // sums (+)= weights of the tile, in place of its logits, times values.
     void weigh_values(index_t count, Rows<T> sums, bool add) const {
-        product<T>({logits, group_step, token_step}, values.data, values.row, sums.data, sums.row, groups, depth_row,
-                   count, add);
+        product<T>({logits, 1, groups_row}, values.data, values.row, sums.data, sums.row, groups, depth_row, count,
+                   add);
     }
 
     // Rows of this tile of groups to the layout that `multiply` takes.
@@ -160,7 +147,7 @@ struct AttentionProducts : AttentionTile<S> {
 
     // Logits of `count` tokens = rows * others, of which `transposed` is the transpose.
     void multiply(Rows<T> rows, Rows<T> others, const T* transposed, index_t count, T* to) const {
-        if (dots) return product_of_rows<T>(rows, others, to, token_step, group_step, count, groups, depth_row);
+        if (dots) return product_of_rows<T>(rows, others, to, groups_row, 1, count, groups, depth_row);
         if constexpr (sizeof(T) == 4)
             if (layout == Layout::pairs) return paired_product(rows.data, rows.row, transposed, to, count, p.depth);
         product<T>({rows.data, rows.row, 1}, transposed, groups_row, to, groups_row, count, groups_row, p.depth, false);
@@ -179,7 +166,7 @@ template <class S>
 struct AttentionGradientProducts : AttentionProducts<S> {
     using Base = AttentionProducts<S>;
     using T = typename Base::T;
-    using Base::p, Base::groups, Base::depth_row, Base::logits, Base::token_step, Base::group_step, Base::memory;
+    using Base::p, Base::groups, Base::depth_row, Base::logits, Base::groups_row, Base::memory;
 
     T* const gradient_t = memory.template take<T>(Base::dots ? 0 : p.depth * Base::groups_row);
     Rows<T> gradient{};
@@ -199,12 +186,12 @@ struct AttentionGradientProducts : AttentionProducts<S> {
     // From the weights, in place of the logits, and the gradient of the logits.
     void add_products(index_t count, T* d_logits, Rows<T> grad_query, Rows<T> grad_key, Rows<T> grad_value,
                       bool add) const {
-        product<T>({logits, token_step, group_step}, gradient.data, gradient.row, grad_value.data, grad_value.row,
-                   count, depth_row, groups, add);
-        product<T>({d_logits, token_step, group_step}, this->query.data, this->query.row, grad_key.data, grad_key.row,
-                   count, depth_row, groups, add);
-        product<T>({d_logits, group_step, token_step}, this->keys.data, this->keys.row, grad_query.data, grad_query.row,
-                   groups, depth_row, count, true);
+        product<T>({logits, groups_row, 1}, gradient.data, gradient.row, grad_value.data, grad_value.row, count,
+                   depth_row, groups, add);
+        product<T>({d_logits, groups_row, 1}, this->query.data, this->query.row, grad_key.data, grad_key.row, count,
+                   depth_row, groups, add);
+        product<T>({d_logits, 1, groups_row}, this->keys.data, this->keys.row, grad_query.data, grad_query.row, groups,
+                   depth_row, count, true);
     }
 };
 

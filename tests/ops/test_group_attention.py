@@ -32,6 +32,7 @@ SHAPES = [
     (2, 3, 70, 1, 50),
     (1, 2, 3, 600, 50),
     (1, 1, 6, 135, 50),
+    (1, 2, 4, 70, 100),
 ]
 
 
@@ -79,10 +80,11 @@ def test_empty_inputs(backend, shape):
         assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("groups", [2, 5])
 @pytest.mark.parametrize("tokens", [40, 1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_token_spoils_its_head_only(backend, bad, tokens):
-    query, key, value, _ = inputs((2, 3, 5, tokens, 16), device=backend.device)
+def test_a_bad_token_spoils_its_head_only(backend, bad, tokens, groups):
+    query, key, value, _ = inputs((2, 3, groups, tokens, 16), device=backend.device)
     query[1, 2], key[1, 2, tokens // 2] = query[1, 2].abs(), bad
     output = backend.group_attention(query, key, value)
     assert output[1, 2].isnan().all()
@@ -90,9 +92,10 @@ def test_a_bad_token_spoils_its_head_only(backend, bad, tokens):
     assert torch.isfinite(output[1, :2]).all()
 
 
-def test_a_token_at_minus_infinity_is_ignored(backend):
+@pytest.mark.parametrize("groups", [2, 5])
+def test_a_token_at_minus_infinity_is_ignored(backend, groups):
     """Also when whole tiles of tokens are."""
-    query, key, value, _ = inputs((1, 2, 5, 300, 16), device=backend.device)
+    query, key, value, _ = inputs((1, 2, groups, 300, 16), device=backend.device)
     query[..., 0], key[:, :, :140, 0] = query[..., 0].abs() + 1, -math.inf
     wanted = backend.group_attention(query, key[:, :, 140:], value[:, :, 140:])
     torch.testing.assert_close(backend.group_attention(query, key, value), wanted, rtol=2e-6, atol=2e-6)
