@@ -162,6 +162,50 @@ def test_class_file_and_precision(checkpoint, root, tmp_path, capsys):
     assert "class list is empty" in capsys.readouterr().err
 
 
+def test_lists_of_words_of_ones_own_under_sclip(checkpoint, root, tmp_path):
+    """The published lists as files: a class a line with its synonyms, and the words of background."""
+    (tmp_path / "names.txt").write_text("background\nbeach|sand\nball\nbox|crate|case\n")
+    (tmp_path / "stuff.txt").write_text("grass\nlawn\n")
+    words = ["--class-file", tmp_path / "names.txt", "--background-names", tmp_path / "stuff.txt"]
+    words += ["--background-threshold", "0.1", "--area-threshold", "0.05", "--json", tmp_path / "x.json"]
+    assert run(checkpoint, "--root", root, "--protocol", "sclip", *words) == 0
+    values = json.loads((tmp_path / "x.json").read_text())
+    assert [row["name"] for row in values["per_class"]] == ["background", "beach", "ball", "box"]
+    assert values["class_names"] == ["background", "beach|sand", "ball", "box|crate|case"]
+    assert values["protocol"]["background_names"] == ["grass", "lawn"]
+    assert values["protocol"]["area_threshold"] == 0.05
+
+
+def test_a_comparison_names_what_was_measured_differently(checkpoint, root, tmp_path, capsys):
+    def measured(name, *words):
+        assert run(checkpoint, "--root", root, "--json", tmp_path / name, *words) == 0
+        return tmp_path / name
+
+    def differences(old):
+        capsys.readouterr()
+        assert run(first, "--compare", old) == 0
+        found = [line for line in capsys.readouterr().out.splitlines() if "not the same" in line]
+        return [line.removeprefix("not the same measurement: ") for line in found]
+
+    first = measured("first.json")
+    assert not differences(measured("again.json"))
+    (tmp_path / "names.txt").write_text("\n".join(["grass|lawn", *NAMES[1:]]))
+    assert differences(measured("words.json", "--class-file", tmp_path / "names.txt")) == [
+        "class_names was grass|lawn, sand, ball, box, is grass, sand, ball, box"
+    ]
+    assert differences(measured("half.json", "--precision", "bf16")) == ["precision was bf16, is fp32"]
+    (root / "ImageSets/Segmentation/train.txt").write_text("a\nb\nc\nd\n")
+    assert differences(measured("train.json", "--split", "train")) == ["split was train, is val"]
+    mask = np.zeros((64, 64), np.uint8)
+    Image.fromarray(mask).save(root / "SegmentationClass/a.png")
+    found = differences(measured("other.json"))
+    assert found[0].startswith("share of grass in the labels was ")
+    values = json.loads(first.read_text())
+    del values["class_names"], values["settings"]["split"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    assert not differences(tmp_path / "old.json")  # a result of before these were written
+
+
 def one_line(capsys) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""

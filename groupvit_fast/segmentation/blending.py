@@ -44,6 +44,9 @@ def resize_labels(row_of_pixel: Tensor, rows: Tensor, size: tuple[int, int], rul
 
     Returns: int64 [*size].
     """
+    if rule.area_threshold is not None:
+        first = resize_labels(row_of_pixel, rows, size, rule.before_thresholds())
+        rule = rule.without_small(first)
     height, width = row_of_pixel.shape
     if (height, width) == tuple(size):
         return rule.labels(rows)[row_of_pixel]

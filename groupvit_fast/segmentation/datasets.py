@@ -55,6 +55,7 @@ class SegmentationDataset:
         self.name = name
         self.root = Path(root)
         self.layout = layout.of_split(split)
+        self.split = split
         self.class_names = class_names
         self.background = class_names[0].lower() == BACKGROUND
         if self.background and len(class_names) == 1:

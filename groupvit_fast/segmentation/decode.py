@@ -62,13 +62,13 @@ def decode_single_windows(
     """Images of one size that are one window each: without any resize of scores a group has one label."""
     groups = winning_groups(torch.stack([window.maps for window in windows]), size)
     rule = labelling(text, protocol)
-    label_of_group = torch.stack([rule.labels(score_rows(window, protocol)) for window in windows])
-    labels = label_of_group.gather(1, groups.flatten(1)).view_as(groups)
+    tables = [score_rows(window, protocol) for window in windows]
+    labels = [resize_labels(part, table, size, rule) for part, table in zip(groups, tables, strict=True)]
     stages = [
         tuple((winning_groups(maps[None], size)[0].int(), len(maps)) for maps in window.stages)
         for window in windows
     ]
-    count = label_of_group.shape[1]
+    count = len(tables[0])
     return [Segmentation(a, b, count, c) for a, b, c in zip(labels, groups.int(), stages, strict=True)]
 
 

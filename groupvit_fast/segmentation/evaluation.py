@@ -133,6 +133,7 @@ class Run:
         """What the result tells beside protocol and dataset."""
         names = ("batch_size", "limit", "precision")
         known = {name: getattr(self, name) for name in names}
+        known["split"] = self.dataset.split
         return {"device": str(self.device), **known, "processes": self.ranks.size, "torch": torch.__version__}
 
     def resume(self, folder: Path | None) -> None:

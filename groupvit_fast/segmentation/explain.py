@@ -84,9 +84,15 @@ def _background(protocol: Protocol) -> str:
     if protocol.background_rule == "probability":
         names = protocol.background_names
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        area = ""
+        if protocol.area_threshold is not None:
+            area = (
+                f"; a class that has at most {protocol.area_threshold:g} of the pixels that all the others "
+                "have leaves them to the best of the rest"
+            )
         return (
-            f"background is a class with the names {shown}; it also takes every pixel whose best probability "
-            f"is below {threshold:g}"
+            f"background is a class with the names {shown}{area}; it also takes every pixel whose best "
+            f"probability is below {threshold:g}"
         )
     if protocol.background_rule == "constant":
         return f"background has the score {threshold:g} everywhere"

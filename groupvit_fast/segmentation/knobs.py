@@ -13,7 +13,7 @@ from groupvit_fast.segmentation.prompts import BACKGROUND, TEMPLATE_SETS, synony
 MODES = ("whole", "slide")
 CLASS_SCORES = ("gated", "softmax", "late")
 BACKGROUND_RULES = ("capped", "constant", "probability")
-KNOBS_OF_A_DATASET = ("short_side", "crop", "stride", "logit_scale")
+KNOBS_OF_A_DATASET = ("short_side", "crop", "stride", "logit_scale", "area_threshold")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,12 @@ class Protocol:
     """Threshold of each dataset that has a background class, by dataset name."""
     background_threshold: float | None = None
     """The threshold in use; None: no background class. Set by `resolve`."""
+    area_threshold: float | None = None
+    """Under the rule `probability`: a class that wins at most this share of the pixels that all classes but
+    background win gets none of an image's pixels; they go to the best of the other classes, or to background.
+    None: every class keeps its pixels."""
     datasets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Other values of `short_side`, `crop`, `stride` or `logit_scale` for single datasets."""
+    """Other values of some knobs for single datasets: sizes, `logit_scale` or `area_threshold`."""
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
@@ -82,6 +86,11 @@ class Protocol:
         _require(scale is None or 0 < scale < float("inf"), "logit_scale", scale, "a positive number")
         threshold = self.background_threshold
         _require(threshold is None or 0 <= threshold <= 1, "background_threshold", threshold, "0 to 1")
+        areas = [self.area_threshold, *(knobs.get("area_threshold") for knobs in self.datasets.values())]
+        for area in areas:
+            _require(area is None or 0 <= area < 1, "area_threshold", area, "0 or more and less than 1")
+            _require(area is None or self.background_rule == "probability", "area_threshold", area,
+                     "none: only the rule probability has one")  # fmt: skip
 
     @property
     def has_background_channel(self) -> bool:
@@ -109,6 +118,11 @@ class Protocol:
             raise UserError(
                 f"dataset {dataset} has no background class, so a background threshold ({threshold:g}) would "
                 "only produce errors; leave --background-threshold out"
+            )
+        if self.area_threshold is not None and not background:
+            raise UserError(
+                f"dataset {dataset} has no background class that small classes could become; "
+                "leave --area-threshold out"
             )
         if background and threshold is None:
             threshold = self.background_thresholds.get(dataset)

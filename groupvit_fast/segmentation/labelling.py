@@ -5,7 +5,8 @@ Shapes: R rows (groups, or combinations of them), C score channels, N names, K c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class BestChannel:
     A blend of rows that share a label has it too: a channel that is the largest in each of them is the
     largest in every mean of them. So a row's kind (see `LateSoftmax`) is its label.
     """
+
+    area_threshold: ClassVar[None] = None
 
     def labels(self, rows: Tensor) -> Tensor:
         """[R, C] -> int64 [R]."""
@@ -57,22 +60,41 @@ class LateSoftmax:
     kind has the label of that kind: the best name stays the best, and its probability does not fall below
     the threshold, because -log of it, logsumexp(scores) - best score, is convex. Two names of one class are
     two kinds: between them a name of another class may be the best; and a blend of different rows below the
-    threshold may well rise above it.
+    threshold may well rise above it. All this also holds if only the names in `open`, bool [N], may be best.
     """
 
     owner: Tensor
     threshold: float | None
+    area_threshold: float | None = None
+    """See `Protocol`: the classes of `without_small` are known only once all pixels of an image have one."""
+    open: Tensor | None = None
+
+    def before_thresholds(self) -> LateSoftmax:
+        """The rule that decides which classes are small."""
+        return replace(self, threshold=None, area_threshold=None)
+
+    def without_small(self, labels: Tensor) -> LateSoftmax:
+        """The rule for an image with these `labels` before thresholds: its small classes win nowhere."""
+        areas = torch.bincount(labels.flatten(), minlength=int(self.owner.max()) + 1)
+        areas[0] = 0
+        kept = areas > self.area_threshold * areas.sum()
+        kept[0] = True
+        return replace(self, area_threshold=None, open=kept[self.owner])
+
+    def best(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The best score of each row and its name."""
+        return (rows if self.open is None else rows.masked_fill(~self.open, -torch.inf)).max(dim=1)
 
     def labels(self, rows: Tensor) -> Tensor:
         """[R, N] -> int64 [R]."""
-        best, name = rows.max(dim=1)
+        best, name = self.best(rows)
         labels = self.owner[name]
         if self.threshold is not None:
             labels = labels.masked_fill((best - rows.logsumexp(dim=1)).exp() < self.threshold, 0)
         return labels
 
     def kinds(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        best, name = rows.max(dim=1)
+        best, name = self.best(rows)
         if self.threshold is None:
             return name, self.owner
         below = (best - rows.logsumexp(dim=1)).exp() < self.threshold
@@ -86,5 +108,5 @@ class LateSoftmax:
 def labelling(text: ClassText, protocol: Protocol) -> BestChannel | LateSoftmax:
     """The rule of a resolved protocol."""
     if protocol.class_scores == "late":
-        return LateSoftmax(text.owner, protocol.background_threshold)
+        return LateSoftmax(text.owner, protocol.background_threshold, protocol.area_threshold)
     return BestChannel()

@@ -65,6 +65,13 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
         "--logit-scale", type=float, metavar="X", help="factor on cosines instead of the learnt one"
     )
     group.add_argument(
+        "--area-threshold",
+        type=float,
+        metavar="X",
+        help="share of the classes' pixels up to which a class gets none, under sclip, clearclip and "
+        "proxyclip; 0: no threshold (default: 0.1 under sclip on voc21)",
+    )
+    group.add_argument(
         "--background-names",
         type=Path,
         metavar="FILE",
@@ -84,6 +91,8 @@ def protocol_from_flags(args: argparse.Namespace, config: ModelConfig | None = N
         changes["templates"] = parse_templates(args.templates)
     if args.top_k is not None:
         changes["top_k"] = args.top_k or None
+    if args.area_threshold is not None:
+        changes["area_threshold"] = args.area_threshold or None
     if args.background_names is not None:
         changes["background_names"] = tuple(read_class_file(args.background_names))
     chosen = protocol(name)

@@ -85,8 +85,8 @@ def sclip() -> Protocol:
     """SCLIP's way from scores to labels, for groups instead of patches."""
     return Protocol(
         name="sclip",
-        source="SCLIP release, configs; without its area threshold (voc21) and its lists of words: give "
-        "those of background with --background-names, synonyms with --class-file",
+        source="SCLIP release, configs; without its lists of words: give those of background with "
+        "--background-names, classes and their synonyms with --class-file",
         short_side=336,
         crop=224,
         stride=112,
@@ -98,7 +98,7 @@ def sclip() -> Protocol:
         background_rule="probability",
         background_thresholds={"voc21": 0.1, "context60": 0.1, "coco_object": 0.1},
         datasets={
-            "voc21": {"logit_scale": 65.0},
+            "voc21": {"logit_scale": 65.0, "area_threshold": 0.1},
             "context60": {"logit_scale": 50.0},
             "coco_object": {"logit_scale": 50.0},
             "coco_stuff": {"short_side": 448},

@@ -98,6 +98,12 @@ def label_pixels(scores: Tensor, text: ClassText, protocol: Protocol) -> Tensor:
     if protocol.class_scores != "late":
         return scores.argmax(dim=0)
     probability = best_name(scores.softmax(dim=0).permute(1, 2, 0), text)
+    if protocol.area_threshold is not None:
+        areas = F.one_hot(probability.argmax(dim=-1), text.num_classes).sum(dim=(0, 1))
+        areas[0] = 0  # background has no part in it
+        small = areas <= protocol.area_threshold * areas.sum()
+        small[0] = False
+        probability = probability.masked_fill(small, 0)
     best, labels = probability.max(dim=-1)
     if protocol.background_threshold is not None:
         labels[best < protocol.background_threshold] = 0

@@ -18,6 +18,8 @@ from groupvit_fast.segmentation.protocols import Protocol
 from groupvit_fast.segmentation.tally import JACCARD_ONE, Tally
 
 BAR_WIDTH = 20
+_LATER = ("split", "precision", "class_names")
+"""What not every result tells; it is compared where both do."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Evaluation:
     """mIoU of the pixels near contours; only with details."""
     oracle_miou_by_stage: tuple[float, ...] = ()
     """`oracle_miou` for the groups of each stage, the last one's last; only with details."""
+    class_names: tuple[str, ...] = ()
+    """The class entries with all their synonyms, label k in place k."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able; an undefined number (NaN) is None."""
@@ -87,7 +91,7 @@ class Evaluation:
             ClassResult(**{key: _nan(item) for key, item in row.items()}) for row in values["per_class"]
         ]
         numbers = {name: _nan(value) for name, value in values.items()}
-        names = ("confusion", "left_out", "miou_interval", "oracle_miou_by_stage")
+        names = ("confusion", "left_out", "miou_interval", "oracle_miou_by_stage", "class_names")
         lists = {name: tuple(map(_nan, values[name])) for name in names}
         return cls(**{**numbers, **lists, "per_class": tuple(results)})
 
@@ -102,15 +106,25 @@ class Evaluation:
 
     def _differences(self, before: Evaluation) -> list[str]:
         """What was measured differently: two numbers are comparable only if nothing was."""
-        old = {"dataset": before.dataset, "images": before.images, **before.protocol}
-        new = {"dataset": self.dataset, "images": self.images, **self.protocol}
-        differ = [
-            key for key in (*new, *old) if old.get(key) != new.get(key) and key not in ("source", "name")
-        ]
-        return [
-            f"not the same measurement: {key} was {_short(old.get(key))}, is {_short(new.get(key))}"
-            for key in dict.fromkeys(differ)
-        ]
+        old, new = before._measured(), self._measured()
+        differ = [key for key in dict.fromkeys((*new, *old)) if old.get(key) != new.get(key)]
+        differ = [key for key in differ if key not in _LATER or (key in old and key in new)]
+        lines = [f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in differ]
+        if not lines:  # the same images, and other labels
+            shares = {result.name: result.share for result in before.per_class}
+            lines = [
+                f"share of {name} in the labels was {shares[name]:.4%}, is {share:.4%}"
+                for name, share in ((result.name, result.share) for result in self.per_class)
+                if shares.get(name, share) != share
+            ]
+        return [f"not the same measurement: {line}" for line in lines]
+
+    def _measured(self) -> dict[str, Any]:
+        """What the numbers depend on beside the model, by name."""
+        settings = {key: self.settings[key] for key in ("split", "precision") if key in self.settings}
+        names = {"class_names": list(self.class_names)} if self.class_names else {}
+        protocol = {key: value for key, value in self.protocol.items() if key not in ("source", "name")}
+        return {"dataset": self.dataset, "images": self.images, **settings, **names, **protocol}
 
     def _class_lines(self, before: Evaluation | None) -> list[str]:
         width = max(len("class"), *(len(result.name) for result in self.per_class))
@@ -185,6 +199,7 @@ def summarise(
         left_out=tuple(progress.left_out[number] for number in sorted(progress.left_out)),
         protocol=protocol.to_dict(),
         settings=settings,
+        class_names=tuple(dataset.class_names),
     )
 
 

@@ -176,3 +176,25 @@ def test_pixels_are_picked_inside_the_arrays(change, message):
     assert (arrays["target"] == 1).all()
     with pytest.raises(ValueError, match=message):
         NATIVE.pick_pixels(**arrays | change)
+
+
+def test_small_classes_give_their_pixels_to_the_best_of_the_rest():
+    """By hand: class 2 has 1 of the 9 pixels that are not background, class 1 the others."""
+    rows = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 4, 9, 0], [5, 4, 9, 0], [0, 0, 0, 0]])
+    row_of_pixel = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 1, 1], [2, 1, 1]], dtype=torch.int32)
+    owner = torch.arange(4)
+
+    def labels(index, threshold, area):
+        return resize_labels(index, rows, index.shape, LateSoftmax(owner, threshold, area)).tolist()
+
+    kept = [[0, 0, 0], [1, 1, 1], [1, 1, 1], [2, 1, 1]]
+    assert labels(row_of_pixel, 0.0, None) == labels(row_of_pixel, 0.0, 0.11) == kept
+    assert labels(row_of_pixel, 0.0, 0.112) == [[0, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]]
+    row_of_pixel[3, 0] = 3  # the best of the rest is background
+    assert labels(row_of_pixel, 0.0, 0.112)[3][0] == 0
+    row_of_pixel[3, 0] = 2  # the best of the rest has a probability of 0.007, which stays what it was
+    assert labels(row_of_pixel, 0.006, 0.112)[3][0] == 1
+    assert labels(row_of_pixel, 0.007, 0.112)[3][0] == 0
+    every = torch.tensor([[1, 2]], dtype=torch.int32)
+    assert labels(every, 0.0, 0.5) == [[0, 0]]  # a share equal to the threshold is small
+    assert labels(torch.zeros(2, 2, dtype=torch.int32), 0.0, 0.5) == [[0, 0], [0, 0]]

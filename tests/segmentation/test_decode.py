@@ -35,6 +35,7 @@ RULES = {
         "background_names": ("sky", "wall"),
     },
 }
+RULES["small classes"] = {**RULES["probability"], "background_threshold": 0.1, "area_threshold": 0.2}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -36,6 +36,18 @@ def test_every_flag_changes_its_knob():
     assert protocol_from_flags(flags("--templates", "a {} here")).templates == ("a {} here",)
 
 
+def test_the_area_threshold_of_a_protocol_can_be_changed_and_left_out():
+    def on_voc21(*words):
+        chosen = protocol_from_flags(flags("--protocol", "sclip", *words))
+        return chosen.resolve(dataset="voc21", background=True, image_size=224).area_threshold
+
+    assert (on_voc21(), on_voc21("--area-threshold", "0.2"), on_voc21("--area-threshold", "0")) == (
+        0.1, 0.2, None,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"area_threshold is 0\.1, wanted none"):
+        protocol_from_flags(flags("--area-threshold", "0.1"))
+
+
 def test_background_names_come_from_a_file(tmp_path):
     (tmp_path / "stuff.txt").write_text("sky\nwall\n")
     chosen = protocol_from_flags(

@@ -67,6 +67,11 @@ def test_some_datasets_have_knobs_of_their_own():
     assert resolved("sclip", "context60", True).logit_scale == 50
     assert resolved("sclip", "voc20").logit_scale == 40
     assert resolved("sclip", "cityscapes").short_side == 560
+    assert resolved("sclip", "voc21", True).area_threshold == 0.1
+    assert resolved("sclip", "context60", True).area_threshold is None
+    assert resolved("clearclip", "voc21", True).area_threshold is None
+    assert "on voc21: logit scale 65, area threshold 0.1" in protocol("sclip").explain()
+    assert "at most 0.1 of the pixels" in resolved("sclip", "voc21", True).explain()
     city = resolved("proxyclip", "cityscapes")
     assert (city.short_side, city.crop, city.stride, city.logit_scale) == (448, 224, 112, 40)
     assert "on cityscapes: short side 448, crop 224, stride 112" in protocol("proxyclip").explain()
@@ -91,6 +96,12 @@ def test_background_with_names_is_a_class():
 def test_a_threshold_without_background_is_refused():
     with pytest.raises(UserError, match="has no background class"):
         protocol("official").resolve(dataset="voc20", background=False, image_size=224, threshold=0.5)
+
+
+def test_an_area_threshold_without_background_is_refused():
+    chosen = protocol("sclip").with_knobs({"area_threshold": 0.1})
+    with pytest.raises(UserError, match="leave --area-threshold out"):
+        chosen.resolve(dataset="voc20", background=False, image_size=224)
 
 
 def test_a_background_without_a_threshold_is_refused():
@@ -123,6 +134,8 @@ def test_unknown_protocol_names_the_nearest():
         {"logit_scale": math.nan},
         {"logit_scale": math.inf},
         {"background_threshold": 1.5},
+        {"area_threshold": 0.1},
+        {"area_threshold": 1.0, "class_scores": "late", "background_rule": "probability"},
         {"background_threshold": math.nan},
     ],
 )
