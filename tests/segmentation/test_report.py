@@ -60,7 +60,7 @@ def test_table():
 
 
 def test_table_beside_an_earlier_result():
-    before = evaluation(miou=0.1, per_class=(ClassResult("grass", 0.05, 0, 0, 0),))
+    before = evaluation(miou=0.1, per_class=(ClassResult("grass", 0.05, 0, 0.9, 0),))
     lines = evaluation().table(before).splitlines()
     assert lines[2].split() == ["class", "before", "after", "pixels", "predicted"]
     assert lines[3].split()[:3] == ["grass", "0.050", "0.750"]
