@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupvit_fast import ops
-from groupvit_fast.model.layers import MLP, TokenMixer
 from groupvit_fast.model.linear import Linear
+from groupvit_fast.model.mlp import MLP, TokenMixer
 from groupvit_fast.model.presets import ImageConfig
 
 

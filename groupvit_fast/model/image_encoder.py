@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupvit_fast.model.grouping import Grouping, GroupingBlock
-from groupvit_fast.model.layers import TokenMixer, TransformerBlock, run_block
+from groupvit_fast.model.layers import TransformerBlock, run_block
+from groupvit_fast.model.mlp import TokenMixer
 from groupvit_fast.model.presets import ImageConfig
 
 

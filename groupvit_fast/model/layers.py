@@ -1,4 +1,4 @@
-"""The plain parts both encoders are made of: MLPs, the transformer block, drop path, the projector.
+"""The plain parts both encoders are made of: the transformer block, drop path, the projector.
 
 Shape letters of this package: B batch, N tokens, S groups (queries), L image tokens (keys), C width, H heads,
 D size of a head or of the shared embedding.
@@ -6,7 +6,6 @@ D size of a head or of the shared embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,37 +16,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from groupvit_fast import ops
 from groupvit_fast.model.linear import Linear
+from groupvit_fast.model.mlp import GELU, MLP, Activation
 from groupvit_fast.model.packing import PackedTexts
 from groupvit_fast.ops import library
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """The approximation of GELU that CLIP's text transformer was trained with."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-class MLP(nn.Module):
-    """Two Linear layers with an activation between; works on the last dimension."""
-
-    def __init__(
-        self, inputs: int, hidden: int, outputs: int, activation: Callable[[Tensor], Tensor] = F.gelu
-    ) -> None:
-        super().__init__()
-        self.fc1 = Linear(inputs, hidden)
-        self.fc2 = Linear(hidden, outputs)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.activation is F.gelu and self.fc1.uses_packed(x):
-            return self.fc2(self.fc1.packed(x, "gelu"))
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class TokenMixer(MLP):
-    """An MLP over the token dimension, as in MLP-Mixer: [B,N,C] -> [B,outputs,C]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 class DropPath(nn.Module):
@@ -160,7 +131,7 @@ class TransformerBlock(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         causal: bool = False,
-        activation: Callable[[Tensor], Tensor] = F.gelu,
+        activation: Activation = GELU,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ class Linear(nn.Linear):
         """x [...,I] -> [...,O]."""
         if self.uses_packed(x):
             return self.packed(x)
-        if self._prefers_onednn(x):
+        if self.prefers_onednn(x):
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
@@ -55,7 +55,8 @@ class Linear(nn.Linear):
         autocast = torch.is_autocast_enabled("cpu")
         return self.packed.dtype == (torch.get_autocast_dtype("cpu") if autocast else x.dtype)
 
-    def _prefers_onednn(self, x: Tensor) -> bool:
+    def prefers_onednn(self, x: Tensor) -> bool:
+        """Whether the product with x [...,I] is one of those that oneDNN computes faster."""
         return (
             not torch.compiler.is_compiling()  # first: a comparison of sizes would bind those of a graph
             and x.device.type == "cpu"
@@ -147,6 +148,11 @@ class _Product(torch.autograd.Function):
             rows.T @ x.view(-1, weight.shape[1]) if for_weight else None,
             rows.sum(0) if for_bias else None,
         )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
+    """x [...,I] @ weight [O,I] transposed + bias [O], by oneDNN or by PyTorch's own choice."""
+    return _onednn(x, weight, bias) if onednn else F.linear(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

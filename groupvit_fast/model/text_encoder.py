@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupvit_fast.model.layers import AttentionPattern, TransformerBlock, quick_gelu, run_block
+from groupvit_fast.model.layers import AttentionPattern, TransformerBlock, run_block
+from groupvit_fast.model.mlp import QUICK_GELU
 from groupvit_fast.model.packing import PackedTexts, pack_texts
 from groupvit_fast.model.presets import TextConfig
 
@@ -24,7 +25,7 @@ class TextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.empty(config.context_length, config.width))
         self.blocks = nn.ModuleList(
-            TransformerBlock(config.width, config.heads, causal=True, activation=quick_gelu)
+            TransformerBlock(config.width, config.heads, causal=True, activation=QUICK_GELU)
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width)

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupvit_fast.model import linear
-from groupvit_fast.model.layers import MLP, TokenMixer, quick_gelu
 from groupvit_fast.model.linear import Linear, PackedProduct, prepacked
+from groupvit_fast.model.mlp import MLP, QUICK_GELU, TokenMixer
 
 pytestmark = pytest.mark.skipif(not linear.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 ROWS, INPUTS, OUTPUTS = 3, 280, 320
@@ -164,7 +164,7 @@ def test_packed_weights_serve_only_what_they_were_made_for(packed_calls):
     with torch.no_grad():
         layer(x)
     assert not packed_calls
-    other = MLP(24, 96, 40, quick_gelu)
+    other = MLP(24, 96, 40, QUICK_GELU)
     with prepacked(other), torch.no_grad():
         other(x)
     assert packed_calls == ["none", "none"]
