@@ -6,7 +6,10 @@
 For every curve the exponent is fitted to the upper half of its sizes (log of the time against log of the
 size; the time is the tenth percentile) and compared with the largest one that theory allows. All sizes of
 a curve are timed in turn in one process. On a CPU the time is that of the processor with one thread,
-because cost is meant, and other work on the machine disturbs it less.
+because cost is meant, and other work on the machine disturbs it less; and memory that a call releases stays
+with the process. Otherwise the C library gives it back to the kernel from a few megabytes on, and the next
+call pays a page fault for every 4 KiB of its results, which depends on what else lies on the heap and made
+`group_attention` look like a power of 1.17.
 """
 
 from __future__ import annotations
@@ -128,12 +131,17 @@ def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
     return sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True)) / covered
 
 
-def curve_rows(curve: Curve, timings: dict[int, Timing]) -> list[Row]:
-    """A row for each point, and the fitted exponent."""
+def point_rows(axis: str, name: str, timings: dict[int, Timing]) -> list[Row]:
+    """A row for each size."""
     rows = []
     for size, timing in timings.items():
-        case = f"{curve.axis} {size}"
-        rows += timing_rows(curve.name, case, {"ours": timing}, axis=curve.axis, size=size)
+        rows += timing_rows(name, f"{axis} {size}", {"ours": timing}, axis=axis, size=size)
+    return rows
+
+
+def curve_rows(curve: Curve, timings: dict[int, Timing]) -> list[Row]:
+    """A row for each point, and the fitted exponent."""
+    rows = point_rows(curve.axis, curve.name, timings)
     fitted = exponent(list(timings), [timing.low for timing in timings.values()])
     more = {"axis": curve.axis, "theory": curve.theory, "excess": fitted - curve.theory}
     return [*rows, value_row(curve.name, curve.axis, "ours", fitted, "exponent", **more)]
@@ -151,14 +159,21 @@ def measure(device: str, only: str, seconds: float) -> Iterator[list[Row]]:
             calls = {size: curve.make(size) for size in curve.sizes}
             timings = stopwatch.interleaved(calls, device, seconds=seconds, rounds=5, clock="cpu")
             yield curve_rows(curve, timings)
-    if only in scaling_ranks.NAME and device == "cpu":
-        curve = Curve("processes", scaling_ranks.NAME, 1, scaling_ranks.WORLDS, lambda size: lambda: None)
-        yield curve_rows(curve, scaling_ranks.measure())
+    if only in scaling_ranks.ARITHMETIC and device == "cpu":
+        yield processes_rows()
+
+
+def processes_rows() -> list[Row]:
+    """The loss in several processes: a curve, and before it how busy the messages keep gloo's threads."""
+    curve = Curve("processes", scaling_ranks.ARITHMETIC, 1, scaling_ranks.WORLDS, lambda size: lambda: None)
+    arithmetic, messages = scaling_ranks.measure(curve.sizes)
+    return [*point_rows(curve.axis, scaling_ranks.MESSAGES, messages), *curve_rows(curve, arithmetic)]
 
 
 def tell(rows: list[Row]) -> None:
     """One aligned line for a curve."""
-    *points, fitted = rows
+    fitted = rows[-1]
+    points = [row for row in rows[:-1] if row["name"] == fitted["name"]]
     span = f"{points[0]['median_s'] * 1e3:.3g} to {points[-1]['median_s'] * 1e3:.3g} ms"
     excess = "" if fitted["excess"] <= ALLOWED else "  worse than theory"
     head = (
@@ -180,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     if device == "cpu":
         torch.set_num_threads(1)
+        stopwatch.keep_released_memory()
     print(one_line(describe(device)))
     rows: list[Row] = []
     for curve in measure(device, arguments.only, arguments.seconds):

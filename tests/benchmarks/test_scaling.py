@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,8 +62,44 @@ def test_an_unknown_curve(capsys):
     assert "no curve" in capsys.readouterr().err
 
 
+FAULTS = """
+import resource, sys
+import stopwatch, torch
+if sys.argv[1] == "keep":
+    assert stopwatch.keep_released_memory()
+def call():
+    torch.ones(9 << 20)  # more than the 32 MiB that glibc ever keeps by itself
+for _ in range(10):
+    call()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+call()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize(("mode", "least", "most"), [("keep", 0, 100), ("as it is", 1000, 10**6)])
+def test_memory_that_is_kept_costs_no_page_faults(mode, least, most):
+    command = [sys.executable, "-c", FAULTS, mode]
+    environment = os.environ | {"PYTHONPATH": str(Path(scaling.__file__).parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert least <= int(done.stdout) <= most
+
+
 @pytest.mark.slow
 def test_processes_are_timed_together():
-    timings = scaling_ranks.measure((1, 2))
-    assert set(timings) == {1, 2}
-    assert all(timing.calls == scaling_ranks.ROUNDS and timing.low > 0 for timing in timings.values())
+    arithmetic, messages = scaling_ranks.measure((1, 2))
+    assert (set(arithmetic), set(messages)) == ({1, 2}, {2})
+    timings = [*arithmetic.values(), *messages.values()]
+    assert all(timing.calls == scaling_ranks.ROUNDS and timing.low > 0 for timing in timings)
+
+
+def test_messages_are_reported_and_the_arithmetic_is_judged(monkeypatch, capsys):
+    """Messages that grow as the square of the processes are said, and are no curve."""
+    parts = [{n: Timing(n**power, n**power, n**power, 5) for n in (1, 2, 4, 8)} for power in (1, 2)]
+    monkeypatch.setattr(scaling_ranks, "measure", lambda worlds: parts)
+    found = scaling.processes_rows()
+    assert [row["value"] for row in found if "excess" in row] == [pytest.approx(1)]
+    assert sum(row["name"] == scaling_ranks.MESSAGES for row in found) == 4
+    scaling.tell(found)
+    assert "1 to 8 ms  exponent  1.00" in capsys.readouterr().out
