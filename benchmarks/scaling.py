@@ -177,7 +177,7 @@ def tell(rows: list[Row]) -> None:
     span = f"{points[0]['median_s'] * 1e3:.3g} to {points[-1]['median_s'] * 1e3:.3g} ms"
     excess = "" if fitted["excess"] <= ALLOWED else "  worse than theory"
     head = (
-        f"{fitted['name']:<40}{fitted['axis']:<24}{points[0]['size']:>5} to {points[-1]['size']:<5}{span:>22}"
+        f"{fitted['name']:<42}{fitted['axis']:<24}{points[0]['size']:>5} to {points[-1]['size']:<5}{span:>22}"
     )
     print(f"{head}  exponent {fitted['value']:5.2f}, theory at most {fitted['theory']:g}{excess}", flush=True)
 
