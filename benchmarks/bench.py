@@ -63,7 +63,7 @@ CPU_PARTS = (
         "train_bench_bf16", 40, "--precision", "bf16", "--seconds", "8", "--rounds", "3", script="train_bench"
     ),
     _bench("train_bench_loader", 60, *_LOADER, script="train_bench"),
-    _bench("eval_bench", 130, "--images", "16", "--part", "4", "--seconds", "1"),
+    _bench("eval_bench", 130, "--images", "24", "--part", "12", "--seconds", "1"),
     _bench("data_bench", 120, "--seconds", "4"),
     _bench("scaling", 110),
     Part("counts", 50, (PYTHON, "benchmarks/counts.py", "--json", "{json}")),

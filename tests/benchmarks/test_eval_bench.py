@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from groupvit_fast.console import run_command
+from groupvit_fast.model import create_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import eval_bench
 
 WORDS = ["--preset", "tiny", "--protocol", "shapes", "--images", "2", "--part", "1", "--seconds", "0"]
-WORDS += ["--device", "cpu"]
+WORDS += ["--device", "cpu", "--precision", "fp32", "bf16"]
 
 
 def test_rows_of_both(tmp_path, capsys):
@@ -28,6 +29,7 @@ def test_rows_of_both(tmp_path, capsys):
     assert cases == {
         *(("decoding, 500 x 375", name) for name in eval_bench.CLASSES),
         ("evaluation, an image", "shapes"),
+        ("evaluation, an image", "shapes bf16"),
     }
     for case in cases:
         reference, own = rows[(*case, "reference")], rows[(*case, "ours")]
@@ -38,6 +40,13 @@ def test_rows_of_both(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "pixels as in the reference" in out
     assert out.count("decoding, 500 x 375") == 3
+    full, half = (
+        {part: rows["evaluation, an image", case, part] for part in ("reference", "released", "ours")}
+        for case in ("shapes", "shapes bf16")
+    )
+    assert full["reference"]["median_s"] == half["reference"]["median_s"]
+    assert full["released"]["ratio"] == pytest.approx(full["released"]["median_s"] / full["ours"]["median_s"])
+    assert full["ours"]["median_s"] != half["ours"]["median_s"]
 
 
 @pytest.mark.parametrize(
@@ -63,3 +72,17 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(monkeypatch, tmp_path):
         eval_bench.main([*WORDS, "--json", str(path)])
     cases = [row["case"] for row in json.loads(path.read_text())["rows"]]
     assert list(dict.fromkeys(cases)) == list(eval_bench.CLASSES)
+
+
+def test_agreement_of_the_precisions_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    create_model("tiny", seed=0).save_pretrained(tmp_path / "weights")
+    monkeypatch.setattr(eval_bench, "SCENES", 3)
+    words = ["--only", "agreement", "--device", "cpu", "--json", str(tmp_path / "bench.json")]
+    assert run_command(eval_bench.main, [*words, "--checkpoint", str(tmp_path / "weights")]) == 0
+    rows = {
+        row["contender"]: row["value"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]
+    }
+    assert rows.keys() == {"same labels", "mIoU fp32", "mIoU bf16"}
+    assert 0 < rows["same labels"] <= 1
+    assert run_command(eval_bench.main, words) == 1
+    assert "give one with --checkpoint" in capsys.readouterr().err
