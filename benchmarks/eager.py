@@ -1,17 +1,18 @@
 """What plain PyTorch code does in place of the operators: the baselines of the benchmark.
 
 `assign` and `attention` follow the published training code step by step, `decode` the published evaluation of
-one window: correct, readable, and one kernel per line. The blocks put them between the layers of ours, so
-that both read the same weights.
+one window: correct, readable, and one kernel per line. The blocks put them between plain layers that read
+the weights of ours.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from groupvit_fast.model.grouping import CrossAttention, GroupingBlock, TokenAssignment
+from groupvit_fast.model.mlp import MLP
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -45,8 +46,8 @@ def assign_block(
     block: TokenAssignment, tokens: Tensor, image: Tensor, noise: Tensor | None = None
 ) -> Tensor:
     """Projections of query, key and value, the assignment, the projection of the output: [B,S,C]."""
-    query, key, value = block.query(tokens), block.key(image), block.value(image)
-    return block.out(assign(query, key, value, block.tau, block.eps, noise))
+    query, key, value = linear(block.query, tokens), linear(block.key, image), linear(block.value, image)
+    return linear(block.out, assign(query, key, value, block.tau, block.eps, noise))
 
 
 def grouping_block(
@@ -54,19 +55,28 @@ def grouping_block(
 ) -> Tensor:
     """The whole grouping block: group tokens [B,T,C] and image tokens [B,L,C] -> groups [B,S,C]."""
     image = block.norm_image(image)
-    tokens = block.norm_mixed(block.token_mixer(block.norm_tokens(tokens)))
+    mixed = mlp(block.token_mixer, block.norm_tokens(tokens).transpose(1, 2)).transpose(1, 2)
+    tokens = block.norm_mixed(mixed)
     before = block.pre_assign
     tokens = tokens + cross_attention(before.attention, tokens, image)
-    tokens = before.norm_post(tokens + before.mlp(before.norm2(tokens)))
+    tokens = before.norm_post(tokens + mlp(before.mlp, before.norm2(tokens)))
     tokens = tokens + assign_block(block.assignment, tokens, image, noise)
-    return tokens + block.mlp(block.norm_groups(tokens))
+    return tokens + mlp(block.mlp, block.norm_groups(tokens))
 
 
 def cross_attention(block: CrossAttention, tokens: Tensor, image: Tensor) -> Tensor:
     """Multi-head attention of the group tokens to the image tokens, with its projections."""
-    query = block.query(tokens).unflatten(-1, (block.heads, -1)).transpose(1, 2)
-    key, value = block.key_value(image).unflatten(-1, (2, block.heads, -1)).permute(2, 0, 3, 1, 4)
-    return block.out(attention(query, key, value).transpose(1, 2).flatten(2))
+    query = linear(block.query, tokens).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+    key, value = linear(block.key_value, image).unflatten(-1, (2, block.heads, -1)).permute(2, 0, 3, 1, 4)
+    return linear(block.out, attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+def mlp(block: MLP, x: Tensor) -> Tensor:
+    return linear(block.fc2, F.gelu(linear(block.fc1, x)))
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from groupvit_fast.model.linear import Linear, product
 
 
 class Activation(NamedTuple):
-    """A function of each element, and the gradient of its input: (gradient of the result, input)."""
+    """A function of each element; `backward` makes the result's gradient, in place, that of the input."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -31,8 +31,16 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(QUICK * x)
 
 
-GELU = Activation(F.gelu, torch.ops.aten.gelu_backward)
-QUICK_GELU = Activation(quick_gelu, lambda gradient, x: torch.ops.aten.silu_backward(gradient, QUICK * x))
+def _gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward.grad_input(gradient, x, grad_input=gradient)
+
+
+def _quick_gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward.grad_input(gradient, QUICK * x, grad_input=gradient)
+
+
+GELU = Activation(F.gelu, _gelu_backward)
+QUICK_GELU = Activation(quick_gelu, _quick_gelu_backward)
 
 
 class MLP(nn.Module):
