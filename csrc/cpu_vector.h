@@ -167,10 +167,15 @@ GVIT_INLINE void transpose_square(Vector<T>* row) {
 // e^x for x <= 88 (below -87.3: 0), NaN for NaN; error under 2 units in the last place. Cody and Waite's
 // reduction to |r| <= ln2 / 2, then the polynomial of the Cephes library.
 GVIT_INLINE Vector<float> exponential(Vector<float> x) {
+#if GVIT_VECTOR_BYTES == 64
+    const auto power = _mm512_maskz_roundscale_ps(0xFFFF, reinterpret<__m512>(x * 1.44269504f), 0);
+    const auto n = reinterpret<Vector<float>>(power);
+#else
     const auto underflow = x < -87.3f;
     const Vector<float> shifter = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Vector<float> rounded = (underflow ? fill(-87.3f) : x) * 1.44269504f + shifter;
     const Vector<float> n = rounded - shifter;
+#endif
     const Vector<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Vector<float> p = fill(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -179,9 +184,14 @@ GVIT_INLINE Vector<float> exponential(Vector<float> x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if GVIT_VECTOR_BYTES == 64
+    const __mmask16 normal = _mm512_cmp_ps_mask(reinterpret<__m512>(x), _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+    return reinterpret<Vector<float>>(_mm512_maskz_scalef_ps(normal, reinterpret<__m512>(p), power));
+#else
     using Bits = Vector<int32_t>;
     const Bits exponent = reinterpret<Bits>(rounded) - reinterpret<Bits>(shifter) + 127;
     return underflow ? fill(0.0f) : p * reinterpret<Vector<float>>(exponent << 23);
+#endif
 }
 
 // ln x for normal x > 0; error under 2 units in the last place, also near 1. Polynomial of Cephes.

@@ -38,8 +38,7 @@ class AttentionForward : Products {
             const index_t count = smaller(tile, p.tokens - first);
             this->load_tile(first, count);
             exclude_beyond(count);
-            for (index_t block = 0; block < this->blocks(); ++block)
-                soften(logits + block * lanes, block * lanes, this->vectors(count));
+            soften(count);
             if (first > 0) correct_sums();
             this->weigh_values(count, sums, first > 0);
         }
@@ -53,29 +52,52 @@ class AttentionForward : Products {
         for (index_t i = count * groups_row; i < end; ++i) logits[i] = -std::numeric_limits<T>::infinity();
     }
 
-    // Logits of a block to e^(logit - running maximum); notes by how much the earlier sums shrink. Four chains,
-    // because one would wait for its own result at every step.
-    GVIT_INLINE void soften(T* vector, index_t s, index_t vectors) {
-        constexpr int chains = 4;
-        const Vector<T> before = load(largest + s);
-        Vector<T> maximum[chains] = {before, before, before, before}, sum[chains] = {};
-        index_t i = 0;
-        for (; i + chains <= vectors; i += chains)
-            for (int c = 0; c < chains; ++c) maximum[c] = larger_of(load(vector + (i + c) * vector_step), maximum[c]);
-        for (; i < vectors; ++i) maximum[0] = larger_of(load(vector + i * vector_step), maximum[0]);
-        Vector<T> top = larger_of(larger_of(maximum[0], maximum[1]), larger_of(maximum[2], maximum[3]));
-        top = this->across_lanes(top, [](auto a, auto b) { return larger_of(a, b); });
-        // Only -inf so far: any finite reference gives e^-inf = 0 without a NaN.
-        const Vector<T> reference = top == -std::numeric_limits<T>::infinity() ? Vector<T>{} : top;
-        for (i = 0; i + chains <= vectors; i += chains)
-            for (int c = 0; c < chains; ++c) sum[c] += exponentiate(vector + (i + c) * vector_step, reference);
-        for (; i < vectors; ++i) sum[0] += exponentiate(vector + i * vector_step, reference);
-        const Vector<T> all =
-            this->across_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]), [](auto a, auto b) { return a + b; });
-        const Vector<T> shrink = exponential(before - reference);
-        store(largest + s, top);
-        store(total + s, load(total + s) * shrink + all);
-        store(correction + s, shrink);
+    // Up to four blocks at a time, because one chain of sums would wait for its own result at every step.
+    void soften(index_t count) {
+        const index_t blocks = this->blocks(), vectors = this->vectors(count);
+        index_t block = 0;
+        for (; block + 4 <= blocks; block += 4) soften<4>(block * lanes, vectors);
+        if (blocks - block == 3) soften<3>(block * lanes, vectors);
+        if (blocks - block == 2) soften<2>(block * lanes, vectors);
+        if (blocks - block == 1) soften<1>(block * lanes, vectors);
+    }
+
+    // Logits of the blocks from column s on to e^(logit - running maximum); notes by how much the earlier sums shrink.
+    template <int blocks>
+    GVIT_INLINE void soften(index_t s, index_t vectors) {
+        constexpr int chains = 4 / blocks;
+        T* const column = logits + s;
+        const auto each = [&](auto reduce) __attribute__((always_inline)) {
+            index_t i = 0;
+            for (; i + chains <= vectors; i += chains)
+                for (int c = 0; c < chains; ++c)
+                    for (int b = 0; b < blocks; ++b) reduce(column + (i + c) * vector_step + b * lanes, c, b);
+            for (; i < vectors; ++i)
+                for (int b = 0; b < blocks; ++b) reduce(column + i * vector_step + b * lanes, 0, b);
+        };
+        Vector<T> maximum[chains][blocks], sum[chains][blocks] = {}, reference[blocks];
+        for (int c = 0; c < chains; ++c)
+            for (int b = 0; b < blocks; ++b) maximum[c][b] = load(largest + s + b * lanes);
+        each([&](const T* logit, int c, int b)
+                 __attribute__((always_inline)) { maximum[c][b] = larger_of(load(logit), maximum[c][b]); });
+        for (int b = 0; b < blocks; ++b) {
+            Vector<T> top = maximum[0][b];
+            for (int c = 1; c < chains; ++c) top = larger_of(top, maximum[c][b]);
+            top = this->across_lanes(top, [](auto a, auto b) { return larger_of(a, b); });
+            // Only -inf so far: any finite reference gives e^-inf = 0 without a NaN.
+            reference[b] = top == -std::numeric_limits<T>::infinity() ? Vector<T>{} : top;
+            store(correction + s + b * lanes, exponential(load(largest + s + b * lanes) - reference[b]));
+            store(largest + s + b * lanes, top);
+        }
+        each([&](T* logit, int c, int b)
+                 __attribute__((always_inline)) { sum[c][b] += exponentiate(logit, reference[b]); });
+        for (int b = 0; b < blocks; ++b) {
+            Vector<T> all = sum[0][b];
+            for (int c = 1; c < chains; ++c) all += sum[c][b];
+            all = this->across_lanes(all, [](auto a, auto b) { return a + b; });
+            T* const to = total + s + b * lanes;
+            store(to, load(to) * load(correction + s + b * lanes) + all);
+        }
     }
 
     static GVIT_INLINE Vector<T> exponentiate(T* logit, Vector<T> reference) {
@@ -171,17 +193,15 @@ class AttentionBackward : Products {
     // logits become probabilities, d_logits scale * their gradient.
     void differentiate(index_t count) {
         this->multiply_gradient(count, d_logits);
-        const index_t vectors = this->vectors(count);
-        for (index_t block = 0; block < this->blocks(); ++block) {
-            const Vector<T> normaliser = load(lse + block * lanes), mean = load(output_dot + block * lanes);
-            for (index_t i = 0; i < vectors; ++i) {
-                T* logit = logits + block * lanes + i * vector_step;
-                T* d_logit = d_logits + block * lanes + i * vector_step;
-                const Vector<T> probability = exponential(load(logit) - normaliser);
+        const index_t size = this->vectors(count) * vector_step, row = this->blocks() * lanes;
+        const T scale = static_cast<T>(p.scale);
+        for (index_t first = 0; first < size; first += row)
+            for (index_t s = 0; s < row; s += lanes) {
+                T *const logit = logits + first + s, *const d_logit = d_logits + first + s;
+                const Vector<T> probability = exponential(load(logit) - load(lse + s));
                 store(logit, probability);
-                store(d_logit, probability * (load(d_logit) - mean) * static_cast<T>(p.scale));
+                store(d_logit, probability * (load(d_logit) - load(output_dot + s)) * scale);
             }
-        }
     }
 };
 
