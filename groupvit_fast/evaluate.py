@@ -44,6 +44,10 @@ or shards. With --output, an evaluation that was killed goes on where it was whe
 """
 SHOWN_LEFT_OUT = 5
 IMAGENET = "imagenet"
+NOT_FOR_CLASSIFICATION = (
+    "split", "details", "compare", "modes", "background_threshold", "protocol", "top_k", "short_side", "mode",
+    "crop", "stride", "logit_scale", "area_threshold", "background_names",
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,7 +125,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
     if args.sweep and args.dataset == IMAGENET:
         raise UserError("--sweep: classification has no background threshold")
-    if args.sweep and not args.split.startswith("train") and not args.force:
+    if args.dataset == IMAGENET:
+        parser = build_parser()
+        for name in NOT_FOR_CLASSIFICATION:
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} has no meaning for classification; leave it out")
+    training = args.split.startswith("train") and "val" not in args.split  # trainval holds what is scored
+    if args.sweep and not training and not args.force:
         raise UserError(
             f"--sweep on split {args.split} would choose the threshold on what is scored; "
             "use --split train, or --force"
@@ -185,6 +195,7 @@ def _sweep(args, model, dataset, protocol, device: str, options: dict) -> None:
     rows = [{"threshold": threshold, "miou": miou} for threshold, miou in results]
     values = {"checkpoint": str(args.checkpoint), "root": str(args.root), "dataset": dataset.name}
     values |= {"split": args.split, "protocol": protocol.to_dict(), "thresholds": rows}
+    values |= {"class_names": list(dataset.class_names), "settings": run.settings()}
     for path in (args.json, args.output and args.output / "sweep.json"):
         if path:
             write_json(path, values)
@@ -203,8 +214,8 @@ def _classify(args: argparse.Namespace, device: str, world: World) -> None:
     with _Progress(args.quiet or not world.is_main, score="top-1") as progress:
         result = classify(
             model, images, names, templates=parse_templates(args.templates) if args.templates else TEMPLATES,
-            device=device, batch_size=args.batch_size, limit=args.limit, progress=progress,
-            ranks=Ranks(world.rank, world.size, distributed.on_main),
+            device=device, batch_size=args.batch_size, limit=args.limit, precision=args.precision,
+            progress=progress, ranks=Ranks(world.rank, world.size, distributed.on_main),
         )  # fmt: skip
     if result is None:
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Classification:
     top1: tuple[int, ...]
     top5: tuple[int, ...]
     templates: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Everything else that was chosen: sizes, precision, device."""
 
     def share(self, right: Sequence[int]) -> float:
         """Of all images."""
@@ -49,6 +51,7 @@ class Classification:
             "top1": self.share(self.top1),
             "top5": self.share(self.top5),
             "templates": list(self.templates),
+            "settings": self.settings,
             "per_class": [dict(zip(keys, row, strict=True)) for row in rows],
         }
 
@@ -91,27 +94,32 @@ def classify(
     device: torch.device | str = "cpu",
     batch_size: int = 64,
     limit: int | None = None,
+    precision: str = "fp32",
     progress: ShowProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> Classification | None:
     """Classify `images` among `names` ("sofa|couch": synonyms) by the nearest embedding.
+
+    precision: "bf16" runs the encoder in bfloat16.
 
     Errors: UserError for a class number without a name, and for an image that cannot be decoded, because an
     accuracy over fewer images would be another number. The first of several processes returns the result.
     """
     images = islice(islice(images, limit), ranks.rank, None, ranks.size)
     crop = model.config.image.image_size
+    resize = round(crop * RESIZE_FACTOR)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     counts = torch.zeros(3, len(names), dtype=torch.int64)
-    with evaluating(model.to(device)):
+    with evaluating(model.to(device), precision):
         text = encode_classes(model, names, templates)
         options = {"batch_size": batch_size, "device": device}
-        batches = evaluation_batches(images, crop=crop, resize=round(crop * RESIZE_FACTOR), **options)
+        batches = evaluation_batches(images, crop=crop, resize=resize, **options)
         for pixels, labels in batches:
             if int(labels.max()) >= len(names):
                 raise UserError(f"class number {int(labels.max())} has no name; there are {len(names)} names")
-            scores = best_name_of_class(
-                F.normalize(model.encode_image(pixels).float()) @ text.embeddings.T, text
-            )
+            with autocast:
+                embeddings = model.encode_image(pixels).float()
+            scores = best_name_of_class(F.normalize(embeddings) @ text.embeddings.T, text)
             best = scores.topk(min(5, len(names)), dim=1).indices.cpu()
             right = best == labels[:, None]
             for row, chosen in enumerate((torch.ones_like(labels).bool(), right[:, 0], right.any(dim=1))):
@@ -125,7 +133,9 @@ def classify(
     total = sum(everyone)
     if not total.any():
         raise UserError("no image to classify; check --root")
-    return Classification(tuple(names), *map(tuple, total.tolist()), tuple(templates))
+    settings = {"resize": resize, "crop": crop, "precision": precision, "limit": limit}
+    settings |= {"device": str(device), "processes": ranks.size, "torch": torch.__version__}
+    return Classification(tuple(names), *map(tuple, total.tolist()), tuple(templates), settings)
 
 
 def table(result: Classification) -> str:

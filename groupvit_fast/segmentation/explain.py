@@ -77,26 +77,30 @@ def _scores(protocol: Protocol) -> str:
 
 def _background(protocol: Protocol) -> str:
     threshold = protocol.background_threshold
-    if threshold is None:
-        thresholds = ", ".join(f"{key} {value:g}" for key, value in protocol.background_thresholds.items())
-        known = f" (thresholds: {thresholds})" if thresholds else ""
-        return f"background: none unless the dataset has one{known}"
-    if protocol.background_rule == "probability":
-        names = protocol.background_names
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        area = ""
-        if protocol.area_threshold is not None:
-            area = (
-                f"; a class that has at most {protocol.area_threshold:g} of the pixels that all the others "
-                "have leaves them to the best of the rest"
-            )
-        return (
-            f"background is a class with the names {shown}{area}; it also takes every pixel whose best "
-            f"probability is below {threshold:g}"
-        )
+    if threshold is not None:
+        return _rule(protocol, f"{threshold:g}")
+    thresholds = ", ".join(f"{key} {value:g}" for key, value in protocol.background_thresholds.items())
+    known = f" (thresholds: {thresholds})" if thresholds else ""
+    return f"background: none unless the dataset has one{known}; then {_rule(protocol, 'the threshold')}"
+
+
+def _rule(protocol: Protocol, threshold: str) -> str:
     if protocol.background_rule == "constant":
-        return f"background has the score {threshold:g} everywhere"
+        return f"background has the score {threshold} everywhere"
+    if protocol.background_rule == "capped":
+        return (
+            f"a pixel whose best score is below min({threshold}, the window's best score) "
+            "gets background score 1 there, otherwise 0"
+        )
+    names = protocol.background_names
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    area = ""
+    if protocol.area_threshold is not None:
+        area = (
+            f"; a class that wins at most {protocol.area_threshold:g} of the pixels that all classes but "
+            "background win leaves them to the best of the rest"
+        )
     return (
-        f"a pixel whose best score is below min({threshold:g}, the window's best score) "
-        "gets background score 1 there, otherwise 0"
+        f"background is a class with the names {shown}{area}; it also takes every pixel whose best "
+        f"probability is below {threshold}"
     )

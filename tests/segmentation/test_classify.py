@@ -74,6 +74,8 @@ def test_command_with_folders_and_shards(folders, weights, tmp_path, capsys):
     assert run(*words, "--root", folders, "--json", tmp_path / "a.json", "--output", tmp_path / "out") == 0
     assert "imagenet: 13 images, 7 classes" in capsys.readouterr().out
     first = json.loads((tmp_path / "a.json").read_text())
+    known = {"resize": 73, "crop": 64, "precision": "fp32", "limit": None, "device": "cpu", "processes": 1}
+    assert first["settings"] == {**known, "torch": torch.__version__}
     assert json.loads((tmp_path / "out/result.json").read_text()) == first
     order = sorted(NAMES)
     for shard in range(2):
@@ -107,12 +109,24 @@ def test_processes_share_the_images(folders, weights):
     assert torch.equal(sum(parts), torch.tensor([whole.images, whole.top1, whole.top5]))
 
 
+def test_bfloat16(folders, weights, monkeypatch):
+    model, seen = load_model(weights, "cpu"), []
+    encode = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda pixels: seen.append(encode(pixels)) or seen[-1])
+    images, names = open_images(folders, None)
+    half = classify(model, images, names, precision="bf16")
+    full = classify(model, images, names)
+    assert [part.dtype for part in seen] == [torch.bfloat16, torch.float32]
+    assert half.images == full.images
+    assert half.settings["precision"] == "bf16"
+
+
 def test_limit(folders, weights):
     images, names = open_images(folders, None)
     assert sum(classify(load_model(weights, "cpu"), images, names, limit=5).images) == 5
 
 
-@pytest.mark.parametrize("fault", ["names", "damaged", "nothing", "shard", "no names", "sweep"])
+@pytest.mark.parametrize("fault", ["names", "damaged", "nothing", "shard", "no names", "sweep", "knob"])
 def test_faults_are_one_line(folders, weights, tmp_path, capsys, fault):
     words = [weights, "--dataset", "imagenet", "--root", folders, "--device", "cpu"]
     (tmp_path / "names.txt").write_text("\n".join(NAMES[:3]))
@@ -133,6 +147,9 @@ def test_faults_are_one_line(folders, weights, tmp_path, capsys, fault):
     elif fault == "no names":
         words[4] = tmp_path / "x.tar"
         message = "give their names with --class-file"
+    elif fault == "knob":
+        words += ["--short-side", 90]
+        message = "--short-side has no meaning for classification"
     else:
         words += ["--sweep"]
         message = "no background threshold"

@@ -165,3 +165,45 @@ def test_explanation_names_the_numbers(name):
         assert f"{chosen.crop} px every {chosen.stride} px" in text
     resolved = chosen.resolve(dataset="x", background=True, image_size=64, threshold=0.123)
     assert "0.123" in resolved.explain()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": "elsewhere"},
+        {"short_side": 300},
+        {"long_side": 999},
+        {"mode": "whole"},
+        {"crop": 300},
+        {"stride": 100},
+        {"templates": ("a {}", "b {}", "c {}")},
+        {"normalise_each_template": True},
+        {"class_scores": "softmax"},
+        {"top_k": 3},
+        {"logit_scale": 30.0},
+        {"background_rule": "constant"},
+        {"background_threshold": 0.4},
+        {"background_thresholds": {"voc21": 0.4}},
+        {"datasets": {"voc21": {"crop": 100}}},
+    ],
+)
+def test_the_explanation_tells_every_knob(change):
+    official = protocol("official")
+    assert replace(official, **change).explain() != official.explain()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"area_threshold": 0.2},
+        {"background_names": ("sky", "wall", "tree", "road", "sea", "sand")},
+        {"logit_scale": 41.0},
+    ],
+)
+def test_the_explanation_tells_every_knob_of_late_scores(change, threshold):
+    sclip = replace(protocol("sclip"), background_threshold=threshold)
+    text = replace(sclip, **change).explain()
+    assert text != sclip.explain()
+    if "background_names" in change:
+        assert "sky, wall, tree, road, sea and 1 more" in text

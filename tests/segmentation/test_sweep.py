@@ -47,6 +47,8 @@ def test_command(tmp_path, tools, capsys):
     words = [str(tmp_path / "tiny"), "--root", str(root), "--device", "cpu", "--sweep"]
     assert run_command(main, words) == 1
     assert "use --split train, or --force" in capsys.readouterr().err
+    assert run_command(main, [*words, "--split", "trainval"]) == 1  # of which val is a part
+    assert "use --split train, or --force" in capsys.readouterr().err
     assert run_command(main, [*words, "--split", "train"]) == 1
     assert "no split file" in capsys.readouterr().err
     lists = root / "ImageSets/Segmentation"
@@ -54,6 +56,9 @@ def test_command(tmp_path, tools, capsys):
     output = tmp_path / "out"
     assert run_command(main, [*words, "--split", "train", "--output", str(output)]) == 0
     assert "best" in capsys.readouterr().out
-    rows = json.loads((output / "sweep.json").read_text())["thresholds"]
+    values = json.loads((output / "sweep.json").read_text())
+    assert values["class_names"] == list(NAMES)
+    assert values["settings"]["precision"] == "fp32"
+    rows = values["thresholds"]
     assert [row["threshold"] for row in rows] == [round(0.05 * k, 2) for k in range(1, 20)]
     assert run_command(main, [*words, "--force", "--limit", "2"]) == 0
