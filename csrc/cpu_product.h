@@ -186,12 +186,13 @@ void product_of_rows(Rows<T> a, Rows<T> b, T* c, index_t c_row, index_t c_column
 }
 
 // Whether that is cheaper for one operand of few rows: counted in multiplications of vectors, with the sums over
-// lanes on one side, the transposition and idle lanes on the other.
+// lanes on one side, the transposition and idle lanes on the other. A product of rows reads two operands for each
+// multiplication and takes twice as long for it; to transpose an element takes 0.7 of one.
 template <class T>
 bool by_rows(index_t a_count, index_t b_count, index_t depth) {
     constexpr index_t lanes = kLanes<T>;
-    const index_t by_rows = (depth + 3 * lanes) * a_count * b_count / lanes;
-    const index_t transposed = depth * a_count * ceil_div(b_count, lanes) + depth * b_count;
+    const index_t by_rows = (2 * depth + 3 * lanes) * a_count * b_count / lanes;
+    const index_t transposed = depth * a_count * ceil_div(b_count, lanes) + 7 * depth * b_count / 10;
     return by_rows < transposed;
 }
 

@@ -55,6 +55,7 @@ class AssignBackward : AssignTile<S> {
             read_rows<S>(Base::at(p.grad_output, sample, 0), p.grad_output.row, p.groups, p.channels, gradient_scratch);
         this->start_sample(
             sample, read_rows<S>(Base::at(p.query, sample, 0), p.query.row, p.groups, p.channels, query_scratch));
+        this->transpose_query();
         if (!Base::rows_only) transpose_rows<T>(gradient, p.groups, p.channels, gradient_t, groups_row);
         grad_query =
             result_rows<S>(Base::at_result(p.grad_query, sample, 0), p.grad_query.row, p.channels, grad_query_scratch);

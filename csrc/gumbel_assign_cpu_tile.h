@@ -76,11 +76,15 @@ struct AssignTile {
 
     void start_sample(index_t sample, Rows<T> query_rows) {
         query = query_rows;
-        if (!rows_only) transpose_rows<T>(query, p.groups, p.channels, query_t, groups_row);
         for (index_t s = 0; s < groups_row; ++s) {
             const bool given = p.bias != nullptr && s < p.groups;
             bias[s] = given ? widen(static_cast<const S*>(p.bias)[sample * p.groups + s]) : T(0);
         }
+    }
+
+    // What `multiply` wants of the queries.
+    void transpose_query() const {
+        if (!rows_only) transpose_rows<T>(query, p.groups, p.channels, query_t, groups_row);
     }
 
     // to[token][group] = rows . others, of which `transposed` is the transpose.
@@ -92,8 +96,12 @@ struct AssignTile {
 
     // keys and logits (dot products only) of tokens first .. + count, and their noise.
     void load_tile(index_t sample, index_t first, index_t count) {
-        keys = read_rows<S>(at(p.key, sample, first), p.key.row, count, p.channels, key_scratch);
+        load_keys(sample, first, count);
         multiply(keys, query, query_t, count, logits);
+    }
+
+    void load_keys(index_t sample, index_t first, index_t count) {
+        keys = read_rows<S>(at(p.key, sample, first), p.key.row, count, p.channels, key_scratch);
         if (p.noise_key == nullptr) return;
         draw_noise(p.noise_key[0], p.noise_key[1], sample, p.groups, p.tokens, first, count, noise, noise_row);
     }
@@ -123,7 +131,7 @@ struct AssignTile {
         return {maximum, static_cast<index_t>(smallest_lane<Number>(winners)), true};
     }
 
-  private:
+  protected:
     // (logit + noise) / tau of lanes s.. of a token; -inf beyond the last group.
     GVIT_INLINE Vector<T> tempered(index_t token, index_t s) const {
         Vector<T> z = (load(logits + token * groups_row + s) + load(bias + s)) * static_cast<T>(p.scale);
@@ -132,7 +140,6 @@ struct AssignTile {
         return inside(s) ? z : fill(-std::numeric_limits<T>::infinity());
     }
 
-  protected:
     GVIT_INLINE auto inside(index_t s) const { return lane_numbers<T>() < static_cast<Integer<T>>(p.groups - s); }
 };
 
