@@ -105,30 +105,29 @@ class AssignBackward : AssignTile<S> {
         const bool shared = p.value.data == nullptr;
         S* key_to = Base::at_result(p.grad_key, sample, first);
         Rows<T> rows = result_rows<S>(key_to, p.grad_key.row, p.channels, token_scratch);
+        // The gradient of a value in a hard assignment is a row of grad_output / (count + eps).
+        const Begin<T> hard_values{gradient.data, gradient.row, chosen.data(), inverse};
         product<T>({logits, groups_row, 1}, query.data, query.row, rows.data, rows.row, count, channels_row, p.groups,
-                   false);
-        if (shared) add_value_gradients(count, rows, true);
+                   false, shared && p.hard ? hard_values : Begin<T>{});
+        if (shared && !p.hard) multiply_assignment(count, rows, true);
         write_rows<S>(rows, key_to, p.grad_key.row, count, p.channels);
         if (shared) return;
         S* value_to = Base::at_result(p.grad_value, sample, first);
         rows = result_rows<S>(value_to, p.grad_value.row, p.channels, token_scratch);
-        add_value_gradients(count, rows, false);
+        p.hard ? gather(count, rows) : multiply_assignment(count, rows, false);
         write_rows<S>(rows, value_to, p.grad_value.row, count, p.channels);
     }
 
-    // Gradient of the values, assign^T * grad_output / (count + eps): for the hard assignment a gather.
-    void add_value_gradients(index_t count, Rows<T> rows, bool add) {
-        if (!p.hard)
-            return product<T>({d_assign, groups_row, 1}, gradient.data, gradient.row, rows.data, rows.row, count,
-                              channels_row, p.groups, add);
+    void multiply_assignment(index_t count, Rows<T> rows, bool add) {
+        product<T>({d_assign, groups_row, 1}, gradient.data, gradient.row, rows.data, rows.row, count, channels_row,
+                   p.groups, add);
+    }
+
+    void gather(index_t count, Rows<T> rows) {
         for (index_t token = 0; token < count; ++token) {
-            const index_t group = chosen[token];
-            const T* from = gradient[group];
-            T* to = rows[token];
-            for (index_t c = 0; c < channels_row; c += kLanes<T>) {
-                const Vector<T> part = load(from + c) * inverse[group];
-                store(to + c, add ? load(to + c) + part : part);
-            }
+            const T* from = gradient[chosen[token]];
+            for (index_t c = 0; c < channels_row; c += kLanes<T>)
+                store(rows[token] + c, load(from + c) * inverse[chosen[token]]);
         }
     }
 };
