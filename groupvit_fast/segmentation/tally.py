@@ -7,7 +7,7 @@ Shapes: K classes, S grouping stages, n images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ MATRIX_CLASSES = 1024
 """With more classes than this the confusion matrix is not kept, only its diagonal and sums."""
 IMAGE_COUNTS = 1 << 26
 """Counts by image, for confidence intervals, are kept up to this many numbers."""
-PIXELS_PER_COUNT = 1 << 22
+PIXELS_PER_COUNT = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Counted at once: on a CPU what its caches hold, 2 MB a map. More where more sums than that are made."""
 JACCARD_ONE = 1 << 32
 SCALARS = ("images", "windows", "used_groups", "pure_groups", "named_groups", "masks", "jaccard")
 
@@ -74,13 +75,13 @@ class Tally:
             for item, target in zip(segmentations, targets, strict=True):
                 self.boundary += boundary.boundary_counts(target, item.labels, self.num_classes)
         if len(self.confusion):
-            for pair in _pieces(flat, labels):
+            for pair in _pieces(flat, labels, sums=self.confusion.numel()):
                 self.confusion += metrics.confusion_matrix(*pair, self.num_classes)
         for stage in range(len(self.oracle) - 1):
             owner, offsets = _numbered([item.stages[stage] for item in segmentations])
             truth = sum(
                 metrics.joint_histogram(*pair, self.num_classes, offsets[-1]).T
-                for pair in _pieces(flat, owner)
+                for pair in _pieces(flat, owner, sums=self.num_classes * offsets[-1])
             )
             self.oracle[stage] += metrics.oracle_counts(truth)
         self._add_groups(segmentations, flat, labels, groups)
@@ -90,7 +91,7 @@ class Tally:
         image = torch.arange(len(numbers), device=target.device).repeat_interleave(sizes)
         counts = sum(
             metrics.counts_by_image(*pieces, len(numbers), self.num_classes)
-            for pieces in _pieces(target, labels, image)
+            for pieces in _pieces(target, labels, image, sums=len(numbers) * self.num_classes)
         )
         self.counts += counts.sum(dim=0)
         if self.by_image is not None:
@@ -102,7 +103,7 @@ class Tally:
         owner, offsets = _numbered([(item.groups, item.num_groups) for item in segmentations])
         parts = [
             metrics.group_histograms(*pieces, offsets[-1], self.num_classes)
-            for pieces in _pieces(target, labels, owner)
+            for pieces in _pieces(target, labels, owner, sums=offsets[-1] * self.num_classes)
         ]
         truth, named = (sum(part) for part in zip(*parts, strict=True))
         self.oracle[-1] += metrics.oracle_counts(truth)
@@ -159,5 +160,7 @@ def _numbered(maps: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, list[int]]:
     return torch.cat(numbered), offsets
 
 
-def _pieces(*maps: Tensor):
-    return zip(*(part.split(PIXELS_PER_COUNT) for part in maps), strict=True)
+def _pieces(*maps: Tensor, sums: int) -> Iterator[tuple[Tensor, ...]]:
+    """Cut the pixels of some maps alike; `sums` is how many counts each piece makes."""
+    pixels = max(PIXELS_PER_COUNT["cuda" if maps[0].is_cuda else "cpu"], sums)
+    return zip(*(part.split(pixels) for part in maps), strict=True)

@@ -8,7 +8,7 @@ import torch
 
 from groupvit_fast.console import UserError
 from groupvit_fast.model import create_model, linear
-from groupvit_fast.segmentation import VocFolder, evaluate, protocol, segment_image
+from groupvit_fast.segmentation import VocFolder, evaluate, protocol, segment_image, tally
 from groupvit_fast.segmentation.evaluation import (
     encode_protocol_classes,
     examples_picture,
@@ -92,6 +92,26 @@ def test_batch_size_and_mode_do_not_matter(voc, fake_model):
     assert results[0].confusion == results[1].confusion == results[2].confusion
     assert results[0].pure_groups == results[2].pure_groups
     assert fake_model.training
+
+
+@pytest.mark.parametrize("details", [False, True])
+def test_pixels_counted_in_pieces(voc, fake_model, monkeypatch, details):
+    """At once, and in more pieces than images, with borders within them."""
+    sizes, count = [], tally.metrics.counts_by_image
+    monkeypatch.setattr(
+        tally.metrics, "counts_by_image", lambda *args: sizes.append(args[0].numel()) or count(*args)
+    )
+
+    def result(pixels):
+        sizes.clear()
+        monkeypatch.setitem(tally.PIXELS_PER_COUNT, "cpu", pixels)
+        values = evaluate(fake_model, VocFolder(voc), protocol("shapes"), details=details).to_json()
+        return {key: value for key, value in values.items() if key not in ("seconds", "images_per_s")}
+
+    whole = result(1 << 22)
+    assert len(sizes) == 1
+    assert result(100) == whole
+    assert len(sizes) > 10
 
 
 def test_limit_and_progress(voc, fake_model):
