@@ -87,13 +87,20 @@ class Evaluation:
         missing = [name for name, value in values.items() if value is KeyError]
         if missing:
             raise UserError(f"not an evaluation result: {missing[0]} is missing; write one with --json")
-        results = [
-            ClassResult(**{key: _nan(item) for key, item in row.items()}) for row in values["per_class"]
-        ]
-        numbers = {name: _nan(value) for name, value in values.items()}
-        names = ("confusion", "left_out", "miou_interval", "oracle_miou_by_stage", "class_names")
-        lists = {name: tuple(map(_nan, values[name])) for name in names}
-        return cls(**{**numbers, **lists, "per_class": tuple(results)})
+        known = {item.name for item in fields(ClassResult)}
+        try:
+            results = [
+                ClassResult(**{key: _nan(item) for key, item in row.items() if key in known})
+                for row in values["per_class"]
+            ]
+            numbers = {name: _nan(value) for name, value in values.items()}
+            names = ("confusion", "left_out", "miou_interval", "oracle_miou_by_stage", "class_names")
+            lists = {name: tuple(map(_nan, values[name])) for name in names}
+            result = cls(**{**numbers, **lists, "per_class": tuple(results)})
+            result.table(result)  # a number that is none is found here
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise UserError(f"not an evaluation result ({error}); write one with --json") from None
+        return result
 
     def table(self, before: Evaluation | None = None) -> str:
         """A text table for a terminal; with `before`, its mIoU and IoUs stand beside this one's."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from groupvit_fast.console import UserError
 from groupvit_fast.segmentation.report import BAR_WIDTH, ClassResult, Evaluation, bar
 
 TABLE = """\
@@ -99,3 +100,29 @@ def test_details_have_lines_of_their_own():
     assert "  oracle, stage 1  0.900  the groups of that stage\n" in table
     assert "  near contours    0.300  boundary IoU" in table
     assert "interval" not in evaluation(miou_interval=(math.nan, math.nan)).table()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"per_class": 3},
+        {"per_class": [3]},
+        {"per_class": [{"name": "grass"}]},
+        {"per_class": []},
+        {"protocol": "official"},
+        {"protocol": {}},
+        {"settings": None},
+        {"miou": "0.5"},
+        {"miou_interval": [0.1]},
+        {"left_out": 2},
+    ],
+)
+def test_json_that_is_no_result(change):
+    with pytest.raises(UserError, match="not an evaluation result"):
+        Evaluation.from_json(evaluation().to_json() | change)
+
+
+def test_keys_of_a_later_version_are_passed_over():
+    values = evaluation().to_json() | {"new": 1}
+    values["per_class"] = [row | {"new": 2} for row in values["per_class"]]
+    assert Evaluation.from_json(values).table() == TABLE
