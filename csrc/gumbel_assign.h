@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "csrc/huge_pages.h"
 #include "csrc/tensor_checks.h"
 
 namespace gvit {
@@ -68,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_assign_forward(const Tensor& q
     AssignParams params = assign_params(in, scale, tau, eps, hard);
     const int32_t statistic =
         query.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    Tensor output = empty(query, {params.samples, params.groups, params.channels});
+    Tensor output = in_huge_pages(empty(query, {params.samples, params.groups, params.channels}));
     Tensor index = empty(query, {params.samples, params.tokens}, aoti_torch_dtype_int64());
     Tensor count = empty(query, {params.samples, params.groups}, statistic);
     Tensor lse =
@@ -116,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_assign_backward(
         params.lse = const_cast<void*>(normaliser->const_data_ptr());
     }
 
-    Tensor grad_query = empty(query, {samples, groups, params.channels});
-    Tensor grad_key = empty(query, {samples, tokens, params.channels});
-    Tensor grad_value = value ? empty(query, {samples, tokens, params.channels}) : empty(query, {0});
+    Tensor grad_query = in_huge_pages(empty(query, {samples, groups, params.channels}));
+    Tensor grad_key = in_huge_pages(empty(query, {samples, tokens, params.channels}));
+    Tensor grad_value = value ? in_huge_pages(empty(query, {samples, tokens, params.channels})) : empty(query, {0});
     Tensor grad_bias = bias ? empty(query, {samples, groups}) : empty(query, {0});
     params.output = matrices(result);
     params.count = const_cast<void*>(mass.const_data_ptr());

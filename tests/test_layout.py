@@ -139,7 +139,7 @@ def test_importing_the_package_is_light():
 # ---- C++ -------------------------------------------------------------------------------------------------
 
 TORCH_ALLOWED = re.compile(
-    r"csrc/(tensor_checks|cuda_context)\.h|csrc/library_\w+\.cpp|csrc/\w+_cpu\w*\.(cpp|h)|csrc/cpu_\w+\.h"
+    r"csrc/(tensor_checks|cuda_context|huge_pages)\.h|csrc/library_\w+\.cpp|csrc/\w+_cpu\w*\.(cpp|h)|csrc/cpu_\w+\.h"
 )
 
 
