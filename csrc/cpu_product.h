@@ -39,15 +39,34 @@ GVIT_INLINE Vector<Sum<E>> multiply_add(Vector<E> a, Vector<E> b, Vector<Sum<E>>
         return sum + a * b;
 }
 
-// c[m][0 .. vectors*lanes) (+)= sum over k of a(m, k) * b[k][...], for `rows` rows kept in registers.
+// Columns of a product that do not fill a vector, at its edge, are masked where that is free; elsewhere there must be
+// none.
+constexpr bool kMasksColumns = GVIT_VECTOR_BYTES == 64;
+
+template <class T>
+GVIT_INLINE Vector<T> load_edge(const T* from, bool edge, index_t last) {
+    return kMasksColumns && edge ? load_part(from, last) : load(from);
+}
+
+template <class T>
+GVIT_INLINE void store_edge(T* to, Vector<T> v, bool edge, index_t last) {
+    if (kMasksColumns && edge)
+        store_part(to, v, last);
+    else
+        store(to, v);
+}
+
+// c[m][...] (+)= sum over k of a(m, k) * b[k][...], for `rows` rows kept in registers and `vectors` vectors of
+// columns, the last of `last` lanes.
 template <class E, int rows, int vectors>
 GVIT_INLINE void product_block(Strided<E> a, const E* b, index_t b_row, Sum<E>* c, index_t c_row, index_t depth,
-                               bool accumulate, Begin<Sum<E>> begin) {
+                               index_t last, bool accumulate, Begin<Sum<E>> begin) {
     constexpr int lanes = kLanes<E>;
     using Sums = Vector<Sum<E>>;
     Sums sum[rows][vectors];
     for (int m = 0; m < rows; ++m)
-        for (int v = 0; v < vectors; ++v) sum[m][v] = accumulate ? load(c + m * c_row + v * lanes) : Sums{};
+        for (int v = 0; v < vectors; ++v)
+            sum[m][v] = accumulate ? load_edge(c + m * c_row + v * lanes, v == vectors - 1, last) : Sums{};
     for (int m = 0; begin.data != nullptr && m < rows; ++m)
         for (int v = 0; v < vectors; ++v)
             sum[m][v] = load(begin.data + begin.of[m] * begin.row + v * lanes) * begin.factor[begin.of[m]];
@@ -55,34 +74,38 @@ GVIT_INLINE void product_block(Strided<E> a, const E* b, index_t b_row, Sum<E>* 
         if (k % 16 == 0 && a.column == 1)
             for (int m = 0; m < rows; ++m) __builtin_prefetch(a.data + (m + rows) * a.row + k);
         Vector<E> right[vectors];
-        for (int v = 0; v < vectors; ++v) right[v] = load(b + k * b_row + v * lanes);
+        for (int v = 0; v < vectors; ++v) right[v] = load_edge(b + k * b_row + v * lanes, v == vectors - 1, last);
         for (int m = 0; m < rows; ++m) {
             const Vector<E> left = fill(a.data[m * a.row + k * a.column]);
             for (int v = 0; v < vectors; ++v) sum[m][v] = multiply_add<E>(left, right[v], sum[m][v]);
         }
     }
     for (int m = 0; m < rows; ++m)
-        for (int v = 0; v < vectors; ++v) store(c + m * c_row + v * lanes, sum[m][v]);
+        for (int v = 0; v < vectors; ++v) store_edge(c + m * c_row + v * lanes, sum[m][v], v == vectors - 1, last);
 }
 
 template <class E, int rows, int vectors>
 void product_rows(Strided<E> a, const E* b, index_t b_row, Sum<E>* c, index_t c_row, index_t count, index_t depth,
-                  bool accumulate, Begin<Sum<E>> begin) {
+                  index_t last, bool accumulate, Begin<Sum<E>> begin) {
     index_t m = 0;
     for (; m + rows <= count; m += rows) {
         const Strided<E> block{a.data + m * a.row, a.row, a.column};
-        product_block<E, rows, vectors>(block, b, b_row, c + m * c_row, c_row, depth, accumulate, begin.from(m, 0));
+        product_block<E, rows, vectors>(block, b, b_row, c + m * c_row, c_row, depth, last, accumulate,
+                                        begin.from(m, 0));
     }
     if constexpr (rows > 1) {
         constexpr int fewer = rows > 6 ? rows / 2 : rows - 1;
         const Strided<E> rest{a.data + m * a.row, a.row, a.column};
         if (m < count)
-            product_rows<E, fewer, vectors>(rest, b, b_row, c + m * c_row, c_row, count - m, depth, accumulate,
+            product_rows<E, fewer, vectors>(rest, b, b_row, c + m * c_row, c_row, count - m, depth, last, accumulate,
                                             begin.from(m, 0));
     }
 }
 
-// c[m][n] (+)= sum over k of a(m, k) * b[k][n] for n < width, a multiple of the lanes of E.
+template <int count>
+using Count = std::integral_constant<int, count>;
+
+// c[m][n] (+)= sum over k of a(m, k) * b[k][n] for n < width, a multiple of the lanes of E unless kMasksColumns.
 template <class E>
 void product(Strided<E> a, const E* b, index_t b_row, Sum<E>* c, index_t c_row, index_t count, index_t width,
              index_t depth, bool accumulate, Begin<Sum<E>> begin = {}) {
@@ -96,20 +119,28 @@ void product(Strided<E> a, const E* b, index_t b_row, Sum<E>* c, index_t c_row, 
         const E* right = b + k * b_row;
         const bool add = accumulate || k > 0;
         const auto start = k > 0 ? Begin<Sum<E>>{} : begin;
-        index_t n = 0;
+        for (index_t n = 0; n < width;) {
+            const index_t rest = width - n;
+            const auto next = [&](auto rows, auto vectors) __attribute__((always_inline)) {
+                const index_t last = smaller<index_t>(rest - (vectors - 1) * lanes, lanes);
+                product_rows<E, rows, vectors>(left, right + n, b_row, c + n, c_row, count, tile, last, add,
+                                               start.from(0, n));
+                n += vectors * lanes;
+            };
 #if GVIT_VECTOR_REGISTERS >= 32
-        for (; n + 4 * lanes <= width; n += 4 * lanes)
-            product_rows<E, 6, 4>(left, right + n, b_row, c + n, c_row, count, tile, add, start.from(0, n));
-        for (; n + 2 * lanes <= width; n += 2 * lanes)
-            product_rows<E, 8, 2>(left, right + n, b_row, c + n, c_row, count, tile, add, start.from(0, n));
-        for (; n < width; n += lanes)
-            product_rows<E, 16, 1>(left, right + n, b_row, c + n, c_row, count, tile, add, start.from(0, n));
+            if (rest > 3 * lanes)
+                next(Count<6>{}, Count<4>{});
+            else if (rest > lanes)
+                next(Count<8>{}, Count<2>{});
+            else
+                next(Count<16>{}, Count<1>{});
 #else
-        for (; n + 2 * lanes <= width; n += 2 * lanes)
-            product_rows<E, 6, 2>(left, right + n, b_row, c + n, c_row, count, tile, add, start.from(0, n));
-        for (; n < width; n += lanes)
-            product_rows<E, 8, 1>(left, right + n, b_row, c + n, c_row, count, tile, add, start.from(0, n));
+            if (rest > lanes)
+                next(Count<6>{}, Count<2>{});
+            else
+                next(Count<8>{}, Count<1>{});
 #endif
+        }
     }
 }
 

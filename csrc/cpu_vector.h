@@ -35,9 +35,9 @@ GVIT_INLINE Vector<T> load_part(const T* from, index_t count) {
 #if GVIT_VECTOR_BYTES == 64
     const uint32_t mask = (uint32_t{2} << (count - 1)) - 1;
     if constexpr (sizeof(T) == 4)
-        return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from));
+        return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), from));
     else
-        return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
+        return reinterpret_cast<Vector<T>>(_mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), from));
 #else
     if (count == kLanes<T>) return load(from);
     Vector<T> v{};
@@ -51,9 +51,9 @@ GVIT_INLINE void store_part(T* to, Vector<T> v, index_t count) {
 #if GVIT_VECTOR_BYTES == 64
     const uint32_t mask = (uint32_t{2} << (count - 1)) - 1;
     if constexpr (sizeof(T) == 4)
-        _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+        _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), reinterpret_cast<__m512i>(v));
     else
-        _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+        _mm512_mask_storeu_epi64(to, static_cast<__mmask8>(mask), reinterpret_cast<__m512i>(v));
 #else
     if (count == kLanes<T>) return store(to, v);
     __builtin_memcpy(to, &v, count * sizeof(T));

@@ -119,8 +119,6 @@ class FewGroups {
             case 1: return body(d, Count<1>{}, last);
         }
     }
-    template <int count>
-    using Count = std::integral_constant<int, count>;
 
     template <int vectors>
     static GVIT_INLINE void load_columns(const T* from, index_t last, Vector<T>* to) {

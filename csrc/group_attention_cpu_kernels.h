@@ -25,8 +25,9 @@ class AttentionForward : Products {
     Rows<T> sums{};
 
   public:
-    explicit AttentionForward(const AttentionParams& params) : Base(params) {}
-
+    explicit AttentionForward(const AttentionParams& params) : Base(params) {
+        std::memset(sums_scratch, 0, Base::groups_limit * depth_row * sizeof(T));
+    }
     void run(index_t flat_head, index_t group) {
         this->start(flat_head, group);
         sums = result_rows<S>(this->at(p.output, group), p.output.row, p.depth, sums_scratch);
@@ -145,8 +146,9 @@ class AttentionBackward : Products {
     T* const grad_query = memory.template take<T>(Base::groups_limit * depth_row);
     T* const output_dot = memory.template take<T>(Base::statistics_size());
     T* const lse = memory.template take<T>(Base::statistics_size());
-    T* const key_sums = memory.template take<T>(in_place<S>(p.depth) ? 0 : p.tokens * depth_row);
-    T* const value_sums = memory.template take<T>(in_place<S>(p.depth) ? 0 : p.tokens * depth_row);
+    const bool direct = Base::masked || in_place<S>(p.depth);  // sums of tokens are computed where they belong
+    T* const key_sums = memory.template take<T>(direct ? 0 : p.tokens * depth_row);
+    T* const value_sums = memory.template take<T>(direct ? 0 : p.tokens * depth_row);
 
   public:
     explicit AttentionBackward(const AttentionParams& params) : Base(params) {}
@@ -155,8 +157,8 @@ class AttentionBackward : Products {
         Rows<T> grad_key{}, grad_value{};
         for (index_t group = 0; group < p.groups; group += kGroupTile) {
             start(flat_head, group);
-            grad_key = result_rows<S>(this->at(p.grad_key, 0), p.grad_key.row, p.depth, key_sums);
-            grad_value = result_rows<S>(this->at(p.grad_value, 0), p.grad_value.row, p.depth, value_sums);
+            grad_key = token_sums(p.grad_key, key_sums);
+            grad_value = token_sums(p.grad_value, value_sums);
             for (index_t first = 0; first < p.tokens; first += tile) {
                 const index_t count = smaller(tile, p.tokens - first);
                 this->load_tile(first, count);
@@ -172,6 +174,12 @@ class AttentionBackward : Products {
     }
 
   private:
+    Rows<T> token_sums(const Matrices& m, T* scratch) const {
+        if constexpr (std::is_same_v<S, T>)
+            if (direct) return {this->at(m, 0), m.row};
+        return {scratch, depth_row};
+    }
+
     void start(index_t flat_head, index_t group) {
         Base::start(flat_head, group);
         const Rows<T> gradient =

@@ -30,7 +30,9 @@ struct AttentionTile {
     static constexpr index_t lanes = kLanes<T>;
 
     const AttentionParams& p;
-    const index_t tile, groups_limit, depth_row;
+    // Whether rows of tokens that do not fill vectors are computed with where they are.
+    static constexpr bool masked = kMasksColumns && std::is_same_v<S, T>;
+    const index_t tile, groups_limit, depth_row, width;  // columns computed of a sum over tokens or of one a token
     const Layout layout;
     const index_t groups_row;   // groups, padded as far as the layout needs
     const index_t vector_step;  // to the next vector of a block
@@ -43,6 +45,7 @@ struct AttentionTile {
           tile(attention_tile(params.tokens, params.groups)),
           groups_limit(smaller(kGroupTile, params.groups)),
           depth_row(padded<T>(params.depth)),
+          width(masked ? params.depth : depth_row),
           layout(layout_of_logits),
           groups_row(layout == Layout::pairs ? lanes / 2 : padded<T>(groups_limit)),
           vector_step(larger(groups_row, lanes)),
@@ -93,7 +96,8 @@ template <class S>
 struct AttentionProducts : AttentionTile<S> {
     using Base = AttentionTile<S>;
     using T = typename Base::T;
-    using Base::lanes, Base::p, Base::tile, Base::groups, Base::groups_limit, Base::groups_row, Base::depth_row;
+    using Base::lanes, Base::p, Base::tile, Base::groups, Base::groups_limit, Base::groups_row, Base::depth_row,
+        Base::width;
     using Base::logits, Base::layout, Base::memory;
 
     const bool dots;  // logits as products of rows with rows, nothing transposed
@@ -119,8 +123,8 @@ struct AttentionProducts : AttentionTile<S> {
 
     // Logits of `count` tokens from `first` on.
     void load_tile(index_t first, index_t count) {
-        keys = read_rows<S>(this->at(p.key, first), p.key.row, count, p.depth, key_scratch);
-        values = read_rows<S>(this->at(p.value, first), p.value.row, count, p.depth, value_scratch);
+        keys = read_tokens(p.key, first, count, key_scratch);
+        values = read_tokens(p.value, first, count, value_scratch);
         // The values are not read before the softmax: they come in while the keys are multiplied, where that is
         // enough work to hide it.
         constexpr index_t kBlock = 48;
@@ -133,8 +137,7 @@ struct AttentionProducts : AttentionTile<S> {
 
     // sums (+)= weights of the tile, in place of its logits, times values.
     void weigh_values(index_t count, Rows<T> sums, bool add) const {
-        product<T>({logits, 1, groups_row}, values.data, values.row, sums.data, sums.row, groups, depth_row, count,
-                   add);
+        product<T>({logits, 1, groups_row}, values.data, values.row, sums.data, sums.row, groups, width, count, add);
     }
 
     // Rows of this tile of groups to the layout that `multiply` takes.
@@ -154,6 +157,12 @@ struct AttentionProducts : AttentionTile<S> {
     }
 
   private:
+    Rows<T> read_tokens(const Matrices& m, index_t first, index_t count, T* scratch) const {
+        if constexpr (Base::masked)
+            if (!dots) return {this->at(m, first), m.row};
+        return read_rows<S>(this->at(m, first), m.row, count, p.depth, scratch);
+    }
+
     GVIT_INLINE void prefetch_rows(const T* rows, index_t row, index_t count) const {
         constexpr index_t kLine = 64 / sizeof(T);
         for (index_t i = 0; i < count; ++i)
@@ -166,7 +175,7 @@ template <class S>
 struct AttentionGradientProducts : AttentionProducts<S> {
     using Base = AttentionProducts<S>;
     using T = typename Base::T;
-    using Base::p, Base::groups, Base::depth_row, Base::logits, Base::groups_row, Base::memory;
+    using Base::p, Base::groups, Base::width, Base::logits, Base::groups_row, Base::memory;
 
     T* const gradient_t = memory.template take<T>(Base::dots ? 0 : p.depth * Base::groups_row);
     Rows<T> gradient{};
@@ -186,12 +195,12 @@ struct AttentionGradientProducts : AttentionProducts<S> {
     // From the weights, in place of the logits, and the gradient of the logits.
     void add_products(index_t count, T* d_logits, Rows<T> grad_query, Rows<T> grad_key, Rows<T> grad_value,
                       bool add) const {
-        product<T>({logits, groups_row, 1}, gradient.data, gradient.row, grad_value.data, grad_value.row, count,
-                   depth_row, groups, add);
+        product<T>({logits, groups_row, 1}, gradient.data, gradient.row, grad_value.data, grad_value.row, count, width,
+                   groups, add);
         product<T>({d_logits, groups_row, 1}, this->query.data, this->query.row, grad_key.data, grad_key.row, count,
-                   depth_row, groups, add);
+                   width, groups, add);
         product<T>({d_logits, 1, groups_row}, this->keys.data, this->keys.row, grad_query.data, grad_query.row, groups,
-                   depth_row, count, true);
+                   width, count, true);
     }
 };
 
