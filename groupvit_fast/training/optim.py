@@ -139,13 +139,17 @@ class GuardedAdamW:
         self.good_steps, self.bad_steps, self.bad_in_a_row = zero.clone(), zero.clone(), zero.clone()
         self._before: list[Tensor] = []
 
-    def remember_statistics(self) -> None:
-        """Call before the forward pass, which changes running statistics."""
+    def start_step(self) -> None:
+        """Call before the forward pass.
+
+        The last gradients go, so that they do not stand beside the activations that this pass makes, and the
+        running statistics that it changes are remembered.
+        """
+        self.zero_grad()
         self._before = [buffer.clone() for buffer in self.statistics]
 
     def step(self, loss: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """Back-propagate and update; returns the gradient norm and whether the step was bad (0 or 1)."""
-        self.zero_grad()
         self.backward(loss)
         return self.update(loss, rate)
 
@@ -197,13 +201,6 @@ class GuardedAdamW:
             self.good_steps = self.good_steps * (1 - grow)
         self.bad_steps = self.bad_steps + bad
         self.bad_in_a_row = (self.bad_in_a_row + alarming) * alarming
-
-    def first_bad_parameter(self, model: nn.Module) -> str | None:
-        """Name of the first parameter whose last gradient is not finite, for the diagnosis."""
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return name
-        return None
 
     def state_dict(self) -> dict[str, Any]:
         counters = {name: getattr(self, name) for name in self._counters}

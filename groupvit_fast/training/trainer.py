@@ -151,13 +151,12 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """One step of optimisation. The host starts work and never waits for a result."""
         self.last_batch = batch
-        self.optimizer.remember_statistics()
+        self.optimizer.start_step()
         if self.config.accum_freq > 1:
             losses, areas = self.accumulate(batch)
         else:
             losses, encoded = self.forward_pass(batch, self.forward, self.step)
             areas = encoded.areas
-            self.optimizer.zero_grad()
             self.optimizer.backward(losses[0])
         parallel.average_gradients(self.left_to_average)
         norm, bad = self.optimizer.update(losses[0], self.schedule.rate(self.step))
@@ -205,7 +204,6 @@ class Trainer:
                 losses = self.losses(self.model.project(features, index, return_groups=groups), batch)
             return (losses, features.areas), self.optimizer.scaled(losses[0])
 
-        self.optimizer.zero_grad()
         parts = accumulation.pieces(
             batch.images,
             batch.texts,

@@ -82,7 +82,7 @@ class Model(nn.Module):
 
 
 def step(model, optimizer, spoil=1.0):
-    optimizer.remember_statistics()
+    optimizer.start_step()
     return optimizer.step(model(torch.linspace(-1, 1, 15).view(5, 3)) * spoil, 1e-2)
 
 

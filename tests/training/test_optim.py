@@ -39,7 +39,7 @@ def bits(model, optimizer=None):
 
 
 def step(model, optimizer, *, spoil=None):
-    optimizer.remember_statistics()
+    optimizer.start_step()
     loss = model(torch.linspace(-1, 1, 15).view(5, 3))
     if spoil == "loss":
         loss = loss * math.nan
@@ -124,14 +124,13 @@ def test_training_goes_on_as_if_the_bad_step_had_not_been():
     assert bits(one, skipping) == bits(other, plain)
 
 
-def test_bad_steps_are_counted_and_the_culprit_named():
+def test_bad_steps_are_counted():
     model = Model()
     optimizer = GuardedAdamW(model, CONFIG)
     for spoil in (None, "loss", "loss", None, "gradient"):
         step(model, optimizer, spoil=spoil)
     assert optimizer.bad_steps == 3
     assert optimizer.bad_in_a_row == 1
-    assert optimizer.first_bad_parameter(model) == "linear.weight"
 
 
 def test_float16_scale_halves_on_overflow_and_is_no_alarm():

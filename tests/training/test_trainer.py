@@ -34,6 +34,19 @@ def test_loss_falls_and_the_run_folder_is_complete(tmp_path):
     assert ModelConfig.from_dict(json.loads((step / "config.json").read_text())["model"]) == MODEL
 
 
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_gradients_of_the_last_step_do_not_stand_beside_the_next_forward_pass(tmp_path, accum_freq):
+    run = trainer(tmp_path, replace(CONFIG, steps=3, accum_freq=accum_freq))
+    held = {}
+
+    def look(module, inputs):
+        held.setdefault(run.step, any(p.grad is not None for p in run.model.parameters()))
+
+    run.model.image_encoder.register_forward_pre_hook(look)
+    run.fit()
+    assert held == {0: False, 1: False, 2: False}
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_same_seed_same_bits_and_another_seed_not(tmp_path, threads):
     torch.set_num_threads(threads)
