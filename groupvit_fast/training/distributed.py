@@ -150,22 +150,6 @@ def gather_own_grad(tensor: Tensor) -> Tensor:
     return torch.cat([everyone[: rank() * rows], tensor, everyone[(rank() + 1) * rows :]])
 
 
-class _SumWithGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_over_processes(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Every process's loss depends on the sum, and so on each part of it."""
-        return sum_over_processes(gradient.clone())
-
-
-def sum_with_grad(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all processes, with gradient."""
-    return tensor if world_size() == 1 else _SumWithGrad.apply(tensor)
-
-
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """Add up `tensor` over all processes, in place."""
     if world_size() > 1:
