@@ -1,6 +1,6 @@
 """Counts of work that do not depend on how busy the machine is, against those that were committed.
 
-    python benchmarks/counts.py             compare; the exit status is 1 where something grew
+    python benchmarks/counts.py             compare; the exit status is 3 where something grew
     python benchmarks/counts.py --update    write benchmarks/counts.json after a change that is meant
 
 instructions  of the CPU kernels, counted by valgrind's callgrind at level avx2 on one thread: those inside
@@ -24,9 +24,9 @@ from typing import Any
 import counts_instructions
 import counts_step
 import counts_traffic
-from machine import Row, value_row, write_result
+from machine import MISSED, Row, value_row, write_result
 
-from groupvit_fast.console import UserError, run_command, write_json
+from groupvit_fast.console import run_command, write_json
 
 BASELINE = Path(__file__).with_name("counts.json")
 TOLERANCE = 0.03
@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         write_result(arguments.json, "counts", rows)
     if failed:
-        raise UserError("more work than was committed to:\n" + "\n".join(failed))
+        print("more work than was committed to:\n" + "\n".join(failed), flush=True)
+        return MISSED
     return 0
 
 

@@ -50,7 +50,7 @@ if ! "$python" -c 'import torch' 2> "$work/logs/torch.log"; then
 fi
 if [ "$device" = auto ]; then
     device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-    [ "$device" = cuda ] || echo "torch sees no GPU here: only the parts for a CPU run"
+    [ "$device" = cuda ] || echo "torch sees no GPU here: the parts for a CPU run, which say nothing of the CUDA kernels"
 fi
 
 {

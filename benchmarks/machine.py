@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
 PACKAGES = ("numpy", "pillow", "transformers", "webdataset", "nvidia-dali-cuda130", "timm", "triton", "apex")
 Row = dict[str, Any]
+MISSED = 3
+"""Exit status of a benchmark that ran to its end and whose numbers are worse than they should be."""
 
 
 def timing_rows(name: str, case: str, timings: Mapping[str, Timing], **more: Any) -> list[Row]:

@@ -53,8 +53,9 @@ def run(output: Path, *arguments: str) -> int:
 def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys, only):
     only(
         python("broken", "print('all well'); raise ImportError('no apex here')"),
-        python("silent", "raise SystemExit(3)"),
+        python("silent", "raise SystemExit(2)"),
         python("endless", "import time; time.sleep(60)", seconds=1.0),
+        python("losing", "print('2 slower than plain PyTorch'); raise SystemExit(3)"),
         Part("absent", 9, ("no-such-program",)),
         Part("needy", 9, (sys.executable, "-c", ""), needs="no-such-tool"),
         Part("missing", 9, (sys.executable, "benchmarks/no_bench.py")),
@@ -66,8 +67,9 @@ def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys
     told = {name: (part["status"], part["why"]) for name, part in parts.items()}
     assert told == {
         "broken": ("failed", "status 1: ImportError: no apex here"),
-        "silent": ("failed", "status 3: it said nothing"),
+        "silent": ("failed", "status 2: it said nothing"),
         "endless": ("cut off", "longer than 1 s"),
+        "losing": ("missed", "ran to its end: 2 slower than plain PyTorch"),
         "absent": ("failed", "status 127: no-such-program: No such file or directory"),
         "needy": ("left out", "no-such-tool is not installed"),
         "missing": ("left out", "no_bench.py is not in this checkout"),
@@ -80,7 +82,7 @@ def test_every_part_says_what_became_of_it_and_the_rest_goes_on(tmp_path, capsys
     last = capsys.readouterr().out.splitlines()[-3:]
     assert last[0].split()[-3:] == ["20.00", "x", "met"]
     assert "1 met" in last[1]
-    assert last[2].endswith("6 of 8 parts did not finish")
+    assert last[2].endswith("6 of 9 parts did not finish")
 
 
 def test_a_part_that_is_cut_off_leaves_no_process(tmp_path):
