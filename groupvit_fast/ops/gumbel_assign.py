@@ -58,6 +58,8 @@ def gumbel_assign(
     tau = check_number("tau", tau, above=0.0)
     eps = check_number("eps", eps, at_least=0.0)
     if not registration.runs_native(query):
+        if noise_key is not None and registration.is_mapped():
+            raise registration.mapped_noise("gumbel_assign")
         return reference.gumbel_assign(
             query, key, value, bias=bias, scale=scale, tau=tau, hard=bool(hard), noise_key=noise_key, eps=eps
         )

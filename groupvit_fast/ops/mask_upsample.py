@@ -25,7 +25,7 @@ def upsample_masks(maps: Tensor, size: Sequence[int]) -> Tensor:
         ValueError: wrong rank, size or dtype, naming the argument.
     """
     height, width = _check_maps_and_size(maps, size)
-    if not library.runs_native(maps):
+    if not library.runs_native(maps) or registration.needs_formula():
         if maps.shape[1] == 0:  # which F.interpolate refuses
             return maps[:, :, :1, :1].expand(-1, -1, height, width)
         return reference.upsample_masks(maps, (height, width))

@@ -6,15 +6,46 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import library
 
 NAMESPACE = "groupvit_fast"
+Transform = torch._C._functorch.TransformType
 
 
 def runs_native(tensor: Tensor) -> bool:
     """Whether the compiled kernel runs; float64 is for gradient checks and has no CUDA kernel."""
-    return library.runs_native(tensor) and not (tensor.is_cuda and tensor.dtype == torch.float64)
+    if tensor.is_cuda and tensor.dtype == torch.float64:
+        return False
+    return library.runs_native(tensor) and not needs_formula()
+
+
+def needs_formula() -> bool:
+    """Whether forward-mode AD or a derivative of torch.func is at work: plain PyTorch has both.
+
+    An operator with a registered gradient has neither: the first would silently give zero.
+    """
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        return True
+    return bool(_transforms() & {Transform.Grad, Transform.Jvp})
+
+
+def is_mapped() -> bool:
+    """Whether the call is under vmap."""
+    return Transform.Vmap in _transforms()
+
+
+def mapped_noise(name: str) -> RuntimeError:
+    """Noise is numbered by the element of the whole batch, which a mapped call does not see."""
+    return RuntimeError(f"{name}: noise_key is not supported under vmap; put the mapped dimension into B")
+
+
+def _transforms() -> set[Transform]:
+    """What torch.func does to the call, at any depth."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return set()
+    return {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack()}
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd  # context: operators without their registered gradient
@@ -52,9 +83,7 @@ def register_batching(name: str, *, fixed: tuple[int, ...] = ()) -> None:
 
     def rule(info, in_dims, *arguments):
         if any(arguments[position] is not None for position in fixed):
-            raise RuntimeError(
-                f"{name}: noise_key is not supported under vmap; put the mapped dimension into B"
-            )
+            raise mapped_noise(name)
         mapped = [_join_batch(a, dim, info.batch_size) for a, dim in zip(arguments, in_dims, strict=True)]
         results = operator(*mapped)
         split = tuple(r if r.dim() == 1 else r.unflatten(0, (info.batch_size, -1)) for r in results)
