@@ -10,11 +10,14 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from groupvit_fast.console import UserError
 from groupvit_fast.model.groupvit import create_model
@@ -91,9 +94,9 @@ def run(folder, config=CONFIG, *, world=None, parts=1, dtype=torch.float32, step
     batches = accumulation.joined(iter(loader), parts)
     losses, gradient = [], {}
     for step in range(steps):
-        before = trainer.means.sums[0].clone()
+        trainer.means.sums[0] = 0.0  # a sum over steps would round away what is compared
         trainer.train_step(next(batches))
-        losses.append(distributed.sum_over_processes(trainer.means.sums[0] - before) / world.size)
+        losses.append(distributed.sum_over_processes(trainer.means.sums[0].clone()) / world.size)
         if step == 0:
             gradient = {
                 name: sharding.whole(sharding.own(p.grad), p).clone()
@@ -121,7 +124,8 @@ def work(folder: str) -> None:
     with distributed.session("cpu") as world:
         for name, config, dtype, parts in cases():
             settings = settings_of(config, dtype)
-            results[name] = run(folder, config, world=world, parts=parts, dtype=dtype, settings=settings)
+            with smooth(dtype):
+                results[name] = run(folder, config, world=world, parts=parts, dtype=dtype, settings=settings)
         if world.is_main:
             torch.save(results, Path(folder) / "result.pt")
 
@@ -129,9 +133,10 @@ def work(folder: str) -> None:
 def cases():
     """Name, options, number type, and how many batches a step each process takes.
 
-    In float32 another order of adding now and then turns a hard assignment over, which no tolerance covers;
-    so there the assignment is soft, and the hard one is compared in float64. A float32 gradient of this model
-    is 4e-6 away from the float64 one, whose rounding all numbers of processes share.
+    In float32 another order of adding now and then turns a hard assignment over, or the sign before a ReLU,
+    which no tolerance covers; so there both are smooth (`settings_of`, `smooth`), and the hard ones are
+    compared in float64. A float32 gradient of this model is 4e-6 away from the float64 one; that rounding is
+    the same for all numbers of processes.
     """
     double = torch.float64
     plain = replace(CONFIG, clip_grad=0.0)  # the optimiser's divisor is float32
@@ -146,6 +151,11 @@ def cases():
     yield "sharded frozen text", replace(plain, fsdp=True, freeze=["text_encoder"]), double, 1
     yield "sharded frozen stage", replace(plain, fsdp=True, freeze=["image_encoder.stages.0"]), double, 1
     yield "sharded checkpointed", replace(plain, fsdp=True, grad_checkpointing=["all"]), double, 1
+
+
+def smooth(dtype):
+    """In float32 the projectors' ReLU is a SiLU while this is active."""
+    return mock.patch("torch.nn.functional.relu", F.silu) if dtype == torch.float32 else nullcontext()
 
 
 def settings_of(config, dtype):
@@ -187,9 +197,11 @@ def distance(found, wanted):
 
 def assert_same_run(found, wanted, gradient, weights, each):
     """`gradient` and `weights` bound the `distance` of the first gradient and of the last state, `each` every
-    number of that state. The losses of all steps are 1e-6 apart at most: they are added up in float32."""
+    number of that state. The first loss is 1e-6 away at most, those of all steps, which add up what the steps
+    before them rounded, 5e-6: they are reported in float32."""
     losses, gradients, state = found
-    assert distance([losses], [wanted[0]]) < 1e-6
+    assert distance([losses[:1]], [wanted[0][:1]]) < 1e-6
+    assert distance([losses], [wanted[0]]) < 5e-6
     for values, known, bound in ((gradients, wanted[1], gradient), (state, wanted[2], weights)):
         assert values.keys() == known.keys()
         assert distance(values.values(), [known[name] for name in values]) < bound
@@ -202,7 +214,8 @@ def assert_same_run(found, wanted, gradient, weights, each):
 @pytest.mark.parametrize(("name", "config", "dtype"), [case[:3] for case in cases()])
 def test_processes_train_as_one_does(several, tmp_path, name, config, dtype):
     """Same losses, same gradients and, after 20 steps, same weights and running statistics."""
-    wanted = run(tmp_path, config, dtype=dtype, settings=settings_of(config, dtype))
+    with smooth(dtype):
+        wanted = run(tmp_path, config, dtype=dtype, settings=settings_of(config, dtype))
     single = dtype == torch.float32
     assert_same_run(several[name], wanted, *((1e-6, 1e-6, 1e-5) if single else (1e-12, 1e-9, 1e-9)))
     assert several[name][2]["image_projector.norm.num_batches_tracked"] == STEPS
