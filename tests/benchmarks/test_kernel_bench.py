@@ -44,6 +44,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(kernel_bench, "official_cases", small_cases)
     monkeypatch.setattr(kernel_bench, "official_blocks", small_blocks)
     monkeypatch.setattr(stopwatch, "copy_bandwidth", lambda device, clock: 1e10)
+    monkeypatch.setattr(stopwatch, "keep_released_memory", lambda: True)  # of the whole process
 
 
 def test_every_operator_gets_a_row_per_pass(tmp_path, capsys):
