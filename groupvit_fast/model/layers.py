@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from groupvit_fast import ops
-from groupvit_fast.model.linear import Linear
-from groupvit_fast.model.mlp import GELU, MLP, Activation
+from groupvit_fast.model.linear import Activation, Linear
+from groupvit_fast.model.mlp import GELU, MLP
 from groupvit_fast.model.packing import PackedTexts
 from groupvit_fast.ops import library
 

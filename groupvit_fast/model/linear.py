@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class Linear(nn.Linear):
         if self.uses_packed(x):
             return self.packed(x)
         if self.prefers_onednn(x):
-            return _Product.apply(x, self.weight, self.bias)
+            return Product.apply(x, self.weight, self.bias, IDENTITY, True)
         return F.linear(x, self.weight, self.bias)
 
     def uses_packed(self, x: Tensor) -> bool:
@@ -127,27 +127,42 @@ def _pays(model: nn.Module, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and onednn_is_faster()
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _onednn(x, weight, bias)
+class Activation(NamedTuple):
+    """A function of each element; `backward` makes the result's gradient, in place, that of the input."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+IDENTITY = Activation(lambda x: x, lambda gradient, x: gradient)
+
+
+class Product(torch.autograd.Function):
+    """activation(x [...,I]) @ weight [O,I] transposed + bias [O], all of one type; keeps x and weight."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        x, weight, _ = inputs
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, onednn: bool
+    ) -> Tensor:
+        return product(activation.forward(x), weight, bias, onednn)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.activation, ctx.onednn = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
+        for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
         rows = gradient.reshape(-1, weight.shape[0])
-        return (
-            _onednn(rows, weight.T, None).view_as(x) if for_x else None,
-            rows.T @ x.view(-1, weight.shape[1]) if for_weight else None,
-            rows.sum(0) if for_bias else None,
-        )
+        of_x = of_weight = None
+        if for_weight:
+            of_weight = rows.T @ ctx.activation.forward(x).reshape(-1, weight.shape[1])
+        if for_x:
+            of_x = ctx.activation.backward(product(rows, weight.T, None, ctx.onednn).view_as(x), x)
+        return of_x, of_weight, rows.sum(0) if for_bias else None, None, None
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:

@@ -5,23 +5,11 @@ Shapes: R rows (all leading axes), I inputs, K hidden channels, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from groupvit_fast.model.linear import Linear, product
-
-
-class Activation(NamedTuple):
-    """A function of each element; `backward` makes the result's gradient, in place, that of the input."""
-
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
+from groupvit_fast.model.linear import Activation, Linear, Product
 
 QUICK = 1.702
 
@@ -66,7 +54,7 @@ class MLP(nn.Module):
             return self.fc2(self.activation.forward(hidden))
         onednn = self.fc2.prefers_onednn(hidden)
         weight, bias = (p.to(hidden.dtype) for p in (self.fc2.weight, self.fc2.bias))
-        return _ActivatedProduct.apply(hidden, weight, bias, self.activation, onednn)
+        return Product.apply(hidden, weight, bias, self.activation, onednn)
 
     def _computes_again(self) -> bool:
         """Not when compiled (the compiler chooses by itself), nor around a layer that somebody changed."""
@@ -80,30 +68,3 @@ class TokenMixer(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
-
-
-class _ActivatedProduct(torch.autograd.Function):
-    """activation(hidden [...,K]) @ weight [O,K] transposed + bias [O], all of one type."""
-
-    @staticmethod
-    def forward(hidden: Tensor, weight: Tensor, bias: Tensor, activation: Activation, onednn: bool) -> Tensor:
-        return product(activation.forward(hidden), weight, bias, onednn)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        hidden, weight, _, ctx.activation, ctx.onednn = inputs
-        ctx.save_for_backward(hidden, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
-        rows = gradient.reshape(-1, weight.shape[0])
-        of_hidden = of_weight = None
-        if for_weight:
-            of_weight = rows.T @ ctx.activation.forward(hidden).reshape(-1, weight.shape[1])
-        if for_hidden:
-            of_hidden = product(rows, weight.T, None, ctx.onednn).view_as(hidden)
-            of_hidden = ctx.activation.backward(of_hidden, hidden)
-        return of_hidden, of_weight, rows.sum(0) if for_bias else None, None, None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -78,8 +76,7 @@ def _backward(ctx, grad_output, _):
     if grad_output is None:
         return None, None, None, None
     operator = torch.ops.groupvit_fast.group_attention_backward.default
-    direct = registration.runs_directly() and not torch.is_grad_enabled()
-    with registration.below_autograd() if direct else nullcontext():
+    with registration.in_backward():
         gradients = operator(grad_output, *ctx.saved_tensors, ctx.scale)
     return *gradients, None
 

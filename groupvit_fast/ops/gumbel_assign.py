@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -160,8 +159,7 @@ def _backward(ctx, grad_output, _index, grad_count, _lse):
     if grad_output is None:
         grad_output = torch.zeros_like(query)
     operator = torch.ops.groupvit_fast.gumbel_assign_backward.default
-    direct = registration.runs_directly() and not torch.is_grad_enabled()
-    with registration.below_autograd() if direct else nullcontext():
+    with registration.in_backward():
         grad_query, grad_key, grad_value, grad_bias = operator(
             grad_output, grad_count, query, key, value, bias, *rest, *ctx.constants
         )

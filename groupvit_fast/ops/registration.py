@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ below_autograd = torch._C._AutoDispatchBelowAutograd  # context: operators witho
 def runs_directly() -> bool:
     """Whether nothing compiles or transforms (torch.func) the call, which needs the registered operator."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def in_backward() -> AbstractContextManager[object]:
+    """Context of an operator in a backward: below autograd, unless that is differentiated or transformed."""
+    return below_autograd() if runs_directly() and not torch.is_grad_enabled() else nullcontext()
 
 
 def statistic_dtype(tensor: Tensor) -> torch.dtype:
