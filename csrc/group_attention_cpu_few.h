@@ -7,7 +7,9 @@
 namespace gvit::GVIT_LEVEL {
 
 template <class S>
-class FewGroups {
+class FewGroups : AttentionHead<S> {
+    using Head = AttentionHead<S>;
+    using Head::p, Head::at, Head::select;
     using T = accumulate_t<S>;
     static constexpr index_t lanes = kLanes<T>;
     static constexpr index_t kBlock = 64;
@@ -16,7 +18,6 @@ class FewGroups {
     static constexpr index_t kMostGroups = larger<index_t>(lanes / 4, 1);
 
   private:
-    const AttentionParams& p;
     const bool same = std::is_same_v<S, T>;
     const index_t depth_row = padded<T>(p.depth), width = same ? p.depth : depth_row;
     Workspace memory;
@@ -29,13 +30,12 @@ class FewGroups {
     T* const weights = memory.take<T>(p.groups * kBlock);
     T* const d_logits = memory.take<T>(p.groups * kBlock);
     Vector<T> largest[kMostGroups], total[kMostGroups];
-    index_t sample = 0, head = 0;
 
     // Rows of another type are converted, those of this one are used where they are.
     T* scratch(index_t rows) { return memory.take<T>(same ? 0 : rows * depth_row); }
 
   public:
-    explicit FewGroups(const AttentionParams& params) : p(params) {}
+    explicit FewGroups(const AttentionParams& params) : Head(params) {}
 
     void forward(index_t flat_head) {
         select(flat_head);
@@ -92,15 +92,6 @@ class FewGroups {
     }
 
   private:
-    void select(index_t flat_head) {
-        sample = flat_head / p.heads;
-        head = flat_head % p.heads;
-    }
-
-    S* at(const Matrices& m, index_t row) const {
-        return static_cast<S*>(m.data) + sample * m.batch + head * m.head + row * m.row;
-    }
-
     Rows<T> read(const Matrices& m, index_t first, index_t count, T* to) const {
         if constexpr (std::is_same_v<S, T>) return {at(m, first), m.row};
         return read_rows<S>(at(m, first), m.row, count, p.depth, to);

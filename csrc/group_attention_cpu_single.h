@@ -4,13 +4,13 @@
 namespace gvit::GVIT_LEVEL {
 
 template <class T>
-class SingleToken {
-    const AttentionParams& p;
+class SingleToken : AttentionHead<T> {
+    using Head = AttentionHead<T>;
+    using Head::p, Head::at, Head::select;
     const index_t whole = p.depth / kLanes<T> * kLanes<T>;
-    index_t sample = 0, head = 0;
 
   public:
-    explicit SingleToken(const AttentionParams& params) : p(params) {}
+    explicit SingleToken(const AttentionParams& params) : Head(params) {}
 
     void forward(index_t flat_head, index_t first, index_t groups) {
         select(flat_head);
@@ -40,15 +40,6 @@ class SingleToken {
     }
 
   private:
-    void select(index_t flat_head) {
-        sample = flat_head / p.heads;
-        head = flat_head % p.heads;
-    }
-
-    T* at(const Matrices& m, index_t row) const {
-        return static_cast<T*>(m.data) + sample * m.batch + head * m.head + row * m.row;
-    }
-
     // e^(logit - logit): one, or NaN where the logit is not finite.
     static T weight(T logit) { return logit - logit + 1; }
 

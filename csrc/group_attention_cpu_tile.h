@@ -22,14 +22,34 @@ inline index_t attention_tile(index_t tokens, index_t groups) {
 //             steps of depth at a time; the only block is all of them
 enum class Layout { columns, pairs };
 
-// One (sample, head, tile of groups): the logits of a tile of tokens, and where what belongs to them lies.
+// One head of one sample, and where its rows lie.
 template <class S>
-struct AttentionTile {
+struct AttentionHead {
+    const AttentionParams& p;
+    index_t sample = 0, head = 0;
+
+    explicit AttentionHead(const AttentionParams& params) : p(params) {}
+
+    // `flat_head` counts the heads of all samples.
+    void select(index_t flat_head) {
+        sample = flat_head / p.heads;
+        head = flat_head % p.heads;
+    }
+
+    S* at(const Matrices& m, index_t row) const {
+        return static_cast<S*>(m.data) + sample * m.batch + head * m.head + row * m.row;
+    }
+};
+
+// A tile of groups of a head: the logits of a tile of tokens, and where what belongs to them lies.
+template <class S>
+struct AttentionTile : AttentionHead<S> {
+    using Head = AttentionHead<S>;
+    using Head::p, Head::sample, Head::head;
     using Storage = S;
     using T = accumulate_t<S>;
     static constexpr index_t lanes = kLanes<T>;
 
-    const AttentionParams& p;
     // Whether rows of tokens that do not fill vectors are computed with where they are.
     static constexpr bool masked = kMasksColumns && std::is_same_v<S, T>;
     const index_t tile, groups_limit, depth_row, width;  // columns computed of a sum over tokens or of one a token
@@ -38,10 +58,10 @@ struct AttentionTile {
     const index_t vector_step;  // to the next vector of a block
     Workspace memory;
     T* const logits;
-    index_t sample = 0, head = 0, first_group = 0, groups = 0;
+    index_t first_group = 0, groups = 0;
 
     AttentionTile(const AttentionParams& params, Layout layout_of_logits)
-        : p(params),
+        : Head(params),
           tile(attention_tile(params.tokens, params.groups)),
           groups_limit(smaller(kGroupTile, params.groups)),
           depth_row(padded<T>(params.depth)),
@@ -59,9 +79,6 @@ struct AttentionTile {
         return memory_of_tile;
     }
 
-    S* at(const Matrices& m, index_t row) const {
-        return static_cast<S*>(m.data) + sample * m.batch + head * m.head + row * m.row;
-    }
     T* statistics(void* data) const {
         return static_cast<T*>(data) + (sample * p.heads + head) * p.groups + first_group;
     }
@@ -77,10 +94,8 @@ struct AttentionTile {
         return layout == Layout::pairs ? combine(v, shuffle<T, Exchange<lanes / 2>>(v, v)) : v;
     }
 
-    // `flat_head` counts the heads of all samples.
     void select(index_t flat_head, index_t group) {
-        sample = flat_head / p.heads;
-        head = flat_head % p.heads;
+        Head::select(flat_head);
         first_group = group;
         groups = smaller(groups_limit, p.groups - group);
     }
